@@ -1,0 +1,252 @@
+"""Edits of a recipe as a person makes them on screen. Knows recipes and anatomies; pure functions, no widget.
+
+Every edit becomes lines of `schemes`, where later lines win. The list stays short: what an edit overrides everywhere is
+taken out, and an edit goes into the line that already has its pattern wherever that means the same.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bitpress.engine.errors import InputError
+from bitpress.engine.model.anatomy import Anatomy
+from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme, SchemeLine, Stage, Structure
+from bitpress.engine.targets import matches, pattern_problem
+
+DENSE_BITS = 16
+PROTECTED_BITS = 8
+DEFAULT_METHODS = {"prune": "magnitude", "quantize": "rtn"}  # in the order in which they run
+PARTS = ("weights", "sparsity", "rank")
+
+
+_coverage: dict[tuple[str, str], frozenset[str]] = {}
+KEPT_PATTERNS = 4096
+
+
+def covered(pattern: str, anatomy: Anatomy) -> frozenset[str]:
+    """The names of the block linears that a pattern points at. Raises InputError for a pattern that is not understood."""
+    key = (pattern, anatomy.fingerprint)
+    if key not in _coverage:
+        if len(_coverage) >= KEPT_PATTERNS:
+            _coverage.clear()
+        _coverage[key] = frozenset(part.name for part in anatomy.linears if matches(pattern, part, anatomy.blocks))
+    return _coverage[key]
+
+
+def pattern_of(names: Iterable[str], anatomy: Anatomy) -> str:
+    """The shortest pattern that points at exactly these linears: everything, a role, blocks, both, or their names."""
+    wanted = frozenset(names)
+    for pattern in _candidates(wanted, anatomy):
+        if covered(pattern, anatomy) == wanted:
+            return pattern
+    return ", ".join(part.name for part in anatomy.linears if part.name in wanted)
+
+
+def _candidates(wanted: frozenset[str], anatomy: Anatomy) -> Iterable[str]:
+    parts = [part for part in anatomy.linears if part.name in wanted]
+    blocks = sorted({part.block for part in parts if part.block is not None})
+    roles = [role for role in anatomy.roles if any(part.role == role for part in parts)]
+    by_role = ["role:attention", "role:mlp", *([f"role:{roles[0]}"] if len(roles) == 1 else [])]
+    spans = [f"blocks:{span}" for span in _spans(blocks)]
+    yield "*"
+    yield from by_role
+    yield ", ".join(spans)
+    yield ", ".join(f"role:{role}" for role in roles)
+    yield from (", ".join(f"{role} & {span}" for span in spans) for role in by_role)
+    yield ", ".join(f"role:{role} & {span}" for role in roles for span in spans)
+
+
+def _spans(blocks: Sequence[int]) -> list[str]:
+    """Runs of consecutive numbers: 0, 3-5."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][1] + 1:
+            runs[-1][1] = block
+        else:
+            runs.append([block, block])
+    return [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+
+
+def set_weights(recipe: Recipe, pattern: str, anatomy: Anatomy, **fields: Any) -> Recipe:
+    """Set `bits`, `group_size` or `symmetric` of the linears that the pattern points at; bits 16 leaves them dense."""
+    if fields.get("bits") == DENSE_BITS:
+        return _with_line(recipe, {"match": pattern, "weights": "dense"}, anatomy)
+    return _with_line(recipe, {"match": pattern, "weights": fields}, anatomy)
+
+
+def set_sparsity(recipe: Recipe, pattern: str, anatomy: Anatomy, ratio: float, kind: str) -> Recipe:
+    """Set the share of zeros and their pattern; 0 removes the scheme. 2:4 is always a half."""
+    if ratio == 0:
+        return _with_line(recipe, {"match": pattern, "sparsity": "dense"}, anatomy)
+    return _with_line(recipe, {"match": pattern, "sparsity": {"ratio": 0.5 if kind == "2:4" else ratio, "pattern": kind}}, anatomy)
+
+
+def protect(recipe: Recipe, anatomy: Anatomy, end: str, count: int) -> Recipe:
+    """Keep the `count` first or last blocks (`end`) at 8 bits; 0 takes the protection back."""
+    lines = [line for line in recipe.schemes if not is_protection(line, end)]
+    kept = recipe.model_copy(update={"schemes": lines})
+    return set_weights(kept, f"blocks:{end}{count}", anatomy, bits=PROTECTED_BITS) if count else fit_stages(kept, anatomy)
+
+
+def is_protection(line: SchemeLine, end: str) -> bool:
+    """Whether a line is one that `protect` writes for this end."""
+    number = line.match.removeprefix(f"blocks:{end}")
+    bits = getattr(line.weights, "bits", None)
+    return number != line.match and number.isdigit() and bits == PROTECTED_BITS and line.sparsity is None and line.rank is None
+
+
+def protected(recipe: Recipe, end: str) -> int:
+    """How many blocks at this end are protected."""
+    return max((int(line.match.removeprefix(f"blocks:{end}")) for line in recipe.schemes if is_protection(line, end)), default=0)
+
+
+def set_embedding(recipe: Recipe, anatomy: Anatomy, bits: int) -> Recipe:
+    """Width of the embedding (and the head tied to it); 16 leaves it dense."""
+    return recipe.model_copy(update={"embedding": None if bits == DENSE_BITS else EmbeddingScheme(bits=bits)})
+
+
+def set_head(recipe: Recipe, anatomy: Anatomy, bits: int) -> Recipe:
+    """Width of a head that is not tied; 16 leaves it dense."""
+    return recipe.model_copy(update={"head": None if bits == DENSE_BITS or anatomy.tied else EmbeddingScheme(bits=bits)})
+
+
+def drop_blocks(recipe: Recipe, anatomy: Anatomy, blocks: Iterable[int], drop: bool) -> Recipe:
+    """Remove whole blocks, or put them back. Raises InputError when none would be left."""
+    gone = set(recipe.dropped_blocks(anatomy))
+    gone = gone | set(blocks) if drop else gone - set(blocks)
+    if len(gone) >= anatomy.blocks:
+        raise InputError("Every block would be removed.", f"The model has {anatomy.blocks} blocks.", "Leave at least one.")
+    structure = Structure(**{**recipe.structure.model_dump(), "drop_blocks": sorted(gone)})
+    return recipe.model_copy(update={"structure": structure})
+
+
+def with_lines(recipe: Recipe, lines: Sequence[Mapping[str, Any]], anatomy: Anatomy) -> Recipe:
+    """Replace all lines, as the table of exceptions does. Raises InputError when one is wrong or points at nothing."""
+    changed = Recipe.from_dict({**recipe.to_dict(), "schemes": [dict(line) for line in lines]})
+    for line in changed.schemes:
+        wrong = pattern_problem(line.match, anatomy)
+        if wrong:
+            raise InputError(f"The line '{line.match}' cannot be used.", wrong, "Use names, globs, role:… or blocks:….")
+    return fit_stages(changed, anatomy)
+
+
+def set_stage(recipe: Recipe, family_of: Mapping[str, str], method: str, options: Mapping[str, Any]) -> Recipe:
+    """Use this method, with these options, for its family; a stage of the same family is replaced where it stands."""
+    stage = Stage(method=method, options=dict(options))
+    family = family_of.get(method)
+    stages = [stage if family_of.get(old.method) == family else old for old in recipe.stages]
+    return recipe.model_copy(update={"stages": stages if stage in stages else [*stages, stage]})
+
+
+def _with_line(recipe: Recipe, line: dict[str, Any], anatomy: Anatomy) -> Recipe:
+    new = SchemeLine.model_validate(line)
+    appended = compacted([*recipe.schemes, new], anatomy)
+    return fit_stages(recipe.model_copy(update={"schemes": appended}), anatomy)
+
+
+def compacted(lines: Sequence[SchemeLine], anatomy: Anatomy) -> list[SchemeLine]:
+    """Fewer lines with the same meaning: overridden fields are dropped, the last line is merged into one of the same pattern."""
+    live = [kept for index, line in enumerate(lines) if (kept := _live_part(line, lines[index + 1 :], anatomy))]
+    if len(live) < 2:
+        return live
+    last = live[-1]
+    for index in range(len(live) - 2, -1, -1):
+        if live[index].match == last.match and _can_join(live[index], last, live[index + 1 : -1], anatomy):
+            return [*live[:index], _merged(live[index], last), *live[index + 1 : -1]]
+    return live
+
+
+def _can_join(old: SchemeLine, last: SchemeLine, between: Sequence[SchemeLine], anatomy: Anatomy) -> bool:
+    """Whether the last line means the same in the old one's place: nothing between sets the same fields of the same layers."""
+    if old.weights == "dense" and last.weights not in (None, "dense"):
+        return False  # what comes after the word dense starts from nothing; in its place it would build on earlier lines
+    mine = covered(last.match, anatomy)
+    rivals = [line for line in between if covered(line.match, anatomy) & mine]
+    if last.weights == "dense" and any(line.weights is not None for line in rivals):
+        return False
+    fields = [] if last.weights in (None, "dense") else list(last.weights.model_dump(exclude_none=True))
+    parts = [part for part in PARTS[1:] if getattr(last, part) is not None]
+    return not any(_sets_weight(line, field) for line in rivals for field in fields) and not any(_sets_whole(line, part) for line in rivals for part in parts)
+
+
+def _live_part(line: SchemeLine, later: Sequence[SchemeLine], anatomy: Anatomy) -> SchemeLine | None:
+    """The fields of a line that still reach some linear under the lines after it; None when none does."""
+    fields = line.model_dump(exclude_none=True)
+    for part in PARTS:
+        value = fields.get(part)
+        if value == "dense" or part != "weights":
+            if part in fields and _hidden(line, later, anatomy, lambda other, part=part: _sets_whole(other, part)):
+                del fields[part]
+        elif value:
+            alive = {name: v for name, v in value.items() if not _hidden(line, later, anatomy, lambda other, name=name: _sets_weight(other, name))}
+            fields["weights"] = alive
+            if not alive:
+                del fields["weights"]
+    return SchemeLine.model_validate(fields) if len(fields) > 1 else None
+
+
+def _sets_whole(line: SchemeLine, part: str) -> bool:
+    """Whether the line sets a part whatever stood before: any value of sparsity and rank, the word dense for weights."""
+    value = getattr(line, part)
+    return value == "dense" if part == "weights" else value is not None
+
+
+def _sets_weight(line: SchemeLine, field: str) -> bool:
+    return line.weights == "dense" or (line.weights is not None and getattr(line.weights, field) is not None)
+
+
+def _hidden(line: SchemeLine, later: Sequence[SchemeLine], anatomy: Anatomy, sets: Any) -> bool:
+    seen: frozenset[str] = frozenset().union(*(covered(other.match, anatomy) for other in later if sets(other)))
+    return covered(line.match, anatomy) <= seen
+
+
+def _merged(old: SchemeLine, new: SchemeLine) -> SchemeLine:
+    fields = old.model_dump(exclude_none=True)
+    for part, value in new.model_dump(exclude_none=True).items():
+        before = fields.get(part)
+        fields[part] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) and part == "weights" else value
+    return SchemeLine.model_validate(fields)
+
+
+def fit_stages(recipe: Recipe, anatomy: Anatomy, family_of: Mapping[str, str] | None = None) -> Recipe:
+    """A stage for every family that the schemes ask for, pruning before quantising, and none that has nothing to do."""
+    families = {name: family for family, name in DEFAULT_METHODS.items()} | dict(family_of or {})
+    schemes = recipe.resolve(anatomy).values()
+    asked = {"quantize": any(scheme.weights for scheme in schemes), "prune": any(scheme.sparsity and scheme.sparsity.ratio for scheme in schemes)}
+    stages = [stage for stage in recipe.stages if asked.get(families.get(stage.method, ""), True)]
+    for family, method in DEFAULT_METHODS.items():
+        if asked[family] and not any(families.get(stage.method) == family for stage in stages):
+            stage = Stage(method=method)
+            stages = [stage, *stages] if family == "prune" else [*stages, stage]
+    return recipe.model_copy(update={"stages": stages})
+
+
+def difference(base: Recipe, now: Recipe, anatomy: Anatomy) -> list[tuple[str, str, str]]:
+    """What the recipe does otherwise than its preset: (where, in the preset, now), layers of the same change under one pattern."""
+    before, after = base.resolve(anatomy), now.resolve(anatomy)
+    changes: dict[tuple[str, str], list[str]] = {}
+    for name in anatomy.by_name:
+        old, new = describe(before.get(name)), describe(after.get(name))
+        if old != new and (name in before or name in after):
+            changes.setdefault((old, new), []).append(name)
+    found = [(pattern_of(names, anatomy), old, new) for (old, new), names in changes.items()]
+    ends = [("embedding", base.embedding, now.embedding), ("head", base.head, now.head)]
+    found += [(name, _width(old), _width(new)) for name, old, new in ends if old != new]
+    methods = [" then ".join(stage.method for stage in recipe.stages) or "none" for recipe in (base, now)]
+    return found + ([("methods", *methods)] if base.stages != now.stages else [])  # type: ignore[list-item]
+
+
+def describe(scheme: Scheme | None) -> str:
+    """A scheme in a few words: 4 bit, group 64, asymmetric; half zero 2:4."""
+    if scheme is None:
+        return "removed"
+    words = []
+    if scheme.weights:
+        group = f"group {scheme.weights.group_size}" if scheme.weights.group_size else "one group a row"
+        words.append(f"{scheme.weights.bits} bit, {group}, {'symmetric' if scheme.weights.symmetric else 'asymmetric'}")
+    if scheme.sparsity and scheme.sparsity.ratio:
+        words.append(f"{scheme.sparsity.ratio:.0%} zeros, {scheme.sparsity.pattern}")
+    return "; ".join(words) or "dense"
+
+
+def _width(scheme: EmbeddingScheme | None) -> str:
+    return f"{scheme.bits} bit" if scheme else "dense"

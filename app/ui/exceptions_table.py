@@ -1,0 +1,87 @@
+"""The recipe's lines as a table that can be edited: later lines win. Knows lines and their table form.
+
+The editor's own value is never fed back to it: its deltas are applied to the recipe, and a new key draws it afresh.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from bitpress.app import edits, state
+from bitpress.app.ui.controls import PATTERNS, WIDTHS, try_edit
+from bitpress.engine.model.anatomy import Anatomy
+from bitpress.engine.recipe import SchemeLine
+
+COLUMNS = {"match": "object", "bits": "Int64", "group": "Int64", "symmetric": "boolean", "zeros": "Int64", "pattern": "object"}
+PATTERN_HELP = "Names, globs, role:v, role:mlp, blocks:first2, blocks:3-5; & for and, comma for or."
+Row = dict[str, Any]
+
+
+def row_of(line: SchemeLine) -> Row:
+    """A line as a row; what it does not set is None. Group 0 stands for a whole row, bits 16 for dense."""
+    row: Row = dict.fromkeys(COLUMNS)
+    row["match"] = line.match
+    if line.weights == "dense":
+        row["bits"] = edits.DENSE_BITS
+    elif line.weights:
+        row |= {"bits": line.weights.bits, "group": line.weights.group_size, "symmetric": line.weights.symmetric}
+    if line.sparsity == "dense":
+        row["zeros"] = 0
+    elif line.sparsity:
+        row |= {"zeros": round(100 * line.sparsity.ratio), "pattern": line.sparsity.pattern}
+    return row
+
+
+def line_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The line that a row stands for, as plain values; the recipe's schema checks them."""
+    line: dict[str, Any] = {"match": str(row.get("match") or "*").strip()}
+    weights = {"bits": row.get("bits"), "group_size": row.get("group"), "symmetric": row.get("symmetric")}
+    set_weights = {name: value if isinstance(value, bool) else int(value) for name, value in weights.items() if value is not None}
+    if set_weights.get("bits") == edits.DENSE_BITS:
+        line["weights"] = "dense"
+    elif set_weights:
+        line["weights"] = set_weights
+    if row.get("zeros") is not None:
+        pattern = row.get("pattern") or PATTERNS[0]
+        line["sparsity"] = {"ratio": 0.5 if pattern == "2:4" else int(row["zeros"]) / 100, "pattern": pattern} if row["zeros"] else "dense"
+    return line
+
+
+def apply_deltas(rows: Sequence[Row], deltas: Mapping[str, Any]) -> list[Row]:
+    """The rows after what the editor reports: `edited_rows` by position, `deleted_rows`, `added_rows`."""
+    changed = [{**row, **deltas.get("edited_rows", {}).get(index, {})} for index, row in enumerate(rows)]
+    gone = set(deltas.get("deleted_rows", ()))
+    added = [{**dict.fromkeys(COLUMNS), **row} for row in deltas.get("added_rows", ()) if row.get("match") and len(row) > 1]
+    return [row for index, row in enumerate(changed) if index not in gone] + added
+
+
+def exceptions_table(anatomy: Anatomy) -> None:
+    """Draw the table; an edit that the recipe refuses is told and leaves the recipe alone."""
+    rows = [row_of(line) for line in state.session().recipe.schemes]
+    key = f"lines-{state.session().edits}-{st.session_state.get('lines-refused', 0)}"
+
+    def take() -> None:
+        deltas = st.session_state[key]
+        waits_for_more = deltas.get("added_rows") and not apply_deltas([], deltas) and not deltas.get("edited_rows") and not deltas.get("deleted_rows")
+        if waits_for_more:
+            return
+        before = state.session().edits
+        try_edit(lambda: edits.with_lines(state.session().recipe, [line_of(row) for row in apply_deltas(rows, deltas)], anatomy))
+        if state.session().edits == before:
+            st.session_state["lines-refused"] = st.session_state.get("lines-refused", 0) + 1
+
+    frame = pd.DataFrame({name: pd.array([row[name] for row in rows], dtype=kind) for name, kind in COLUMNS.items()})
+    st.data_editor(
+        frame, key=key, num_rows="dynamic", on_change=take, hide_index=True, height="content",
+        placeholder="", alt="Lines of the recipe; later lines win",
+        column_config={
+            "match": st.column_config.TextColumn("layers", required=True, help=PATTERN_HELP),
+            "bits": st.column_config.SelectboxColumn("bits", options=list(WIDTHS), help="16 leaves the layers dense."),
+            "group": st.column_config.NumberColumn("group", min_value=0, step=1, help="Weights that share a scale; 0 for a whole row."),
+            "symmetric": st.column_config.CheckboxColumn("symmetric"),
+            "zeros": st.column_config.NumberColumn("zeros, %", min_value=0, max_value=95, step=1),
+            "pattern": st.column_config.SelectboxColumn("pattern", options=list(PATTERNS)),
+        },
+    )  # fmt: skip

@@ -1,0 +1,102 @@
+"""The methods of a recipe and their options, drawn from the catalogue's JSON schemas: a new method needs no form of its own.
+
+Knows schemas and widgets; of a method only what its catalogue entry says.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import streamlit as st
+
+from bitpress.app import edits, state
+from bitpress.app.ui.controls import try_edit
+from bitpress.engine.recipe import Stage
+
+Schema = Mapping[str, Any]
+
+
+def families(catalogue: Mapping[str, Any]) -> dict[str, str]:
+    """Method id -> family."""
+    return {entry["id"]: entry["family"] for entry in catalogue["methods"]}
+
+
+def method_form(catalogue: Mapping[str, Any] | None) -> None:
+    """For each stage of the recipe: which method of its family, and that method's options."""
+    stages = state.session().recipe.stages
+    if catalogue is None:
+        st.caption(" then ".join(stage.method for stage in stages) or "Nothing to do: every layer stays dense.")
+        return
+    entries = {entry["id"]: entry for entry in catalogue["methods"]}
+    for number, stage in enumerate(stages):
+        if stage.method in entries:
+            _stage_form(number, stage, entries)
+    if not stages:
+        st.caption("Nothing to do: every layer stays dense.")
+
+
+def _stage_form(number: int, stage: Stage, entries: Mapping[str, Any]) -> None:
+    entry = entries[stage.method]
+    same_family = [name for name, other in entries.items() if other["family"] == entry["family"]]
+    kinds = {name: other["family"] for name, other in entries.items()}
+    key = f"method-{number}"
+    st.session_state[key] = stage.method
+
+    def take_method() -> None:
+        try_edit(lambda: edits.set_stage(state.session().recipe, kinds, st.session_state[key], {}))
+
+    st.selectbox(
+        f"Method to {entry['family']}",
+        same_family,
+        key=key,
+        format_func=lambda name: entries[name].get("title", name),
+        on_change=take_method,
+        help=f"{entry['summary']}\n\n{entry['citation']}",
+    )
+    properties = entry["options"].get("properties", {})
+    if properties:
+        with st.expander(f"Options of {entry.get('title', stage.method)}"):
+            for name, schema in properties.items():
+                _option(f"{key}-{stage.method}-{name}", name, schema, stage, kinds)
+
+
+def _option(key: str, name: str, schema: Schema, stage: Stage, kinds: Mapping[str, str]) -> None:
+    value = stage.options.get(name, schema.get("default"))
+
+    def take() -> None:
+        chosen = st.session_state[key]
+        options = {other: kept for other, kept in stage.options.items() if other != name} | ({} if chosen == schema.get("default") else {name: chosen})
+        try_edit(lambda: edits.set_stage(state.session().recipe, kinds, stage.method, options))
+
+    draw_option(key, schema.get("title", name).replace("_", " ").capitalize(), schema, value, take)
+
+
+def draw_option(key: str, label: str, schema: Schema, value: Any, take: Any) -> None:
+    """The widget that a schema of one option asks for: toggle, list, number or text."""
+    st.session_state[key] = value
+    common = {"key": key, "help": schema.get("description"), "on_change": take}
+    kind = option_kind(schema)
+    if kind == "toggle":
+        st.toggle(label, **common)
+    elif kind == "choice":
+        st.selectbox(label, schema["enum"], **common)
+    elif kind in ("integer", "number"):
+        whole = kind == "integer"
+        low, high = bounds(schema)
+        cast = int if whole else float
+        st.number_input(
+            label, min_value=None if low is None else cast(low), max_value=None if high is None else cast(high), step=1 if whole else None, **common
+        )
+    else:
+        st.text_input(label, **common)
+
+
+def option_kind(schema: Schema) -> str:
+    """toggle, choice, integer, number or text."""
+    if "enum" in schema:
+        return "choice"
+    return {"boolean": "toggle", "integer": "integer", "number": "number"}.get(schema.get("type", ""), "text")
+
+
+def bounds(schema: Schema) -> tuple[float | None, float | None]:
+    """Least and largest value of a number's schema, None where it has none."""
+    return schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum", schema.get("exclusiveMaximum"))

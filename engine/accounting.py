@@ -1,0 +1,101 @@
+"""Bytes, bits per weight and FLOPs from shapes and schemes alone. Knows no weights; imports no torch.
+
+A test holds every figure here against the tensors that are really packed and the files that are really written.
+Rules: METHODS 0.5. `linear` figures are of the block linears; `model` figures are of everything, a tied matrix once.
+"""
+
+from dataclasses import dataclass
+
+from bitpress.engine.model.anatomy import Anatomy, Part
+from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme
+from bitpress.kernels.layout import DenseLayout, Layout, UniformLayout
+
+
+def layout_of(scheme: Scheme, itemsize: int = 2) -> Layout:
+    """The stored layout of a matrix under a scheme. A sparsity pattern without a sparse format is stored dense."""
+    if scheme.weights is None:
+        return DenseLayout(itemsize)
+    return UniformLayout(scheme.weights.bits, scheme.weights.group_size, scheme.weights.symmetric)
+
+
+def embedding_layout(scheme: EmbeddingScheme | None, itemsize: int = 2) -> Layout:
+    """The stored layout of an embedding or head: dense, or one symmetric scale a row."""
+    return DenseLayout(itemsize) if scheme is None else UniformLayout(scheme.bits, 0, True)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a recipe makes of a model, on paper. Bytes are the stored, canonical ones; bias and norms stay dense."""
+
+    dense_bytes: int
+    bytes: int
+    linear_bytes: int
+    linear_params: int
+    params: int
+    layer_bytes: dict[str, int]
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the whole model is."""
+        return self.dense_bytes / self.bytes
+
+    @property
+    def bits_per_weight_linears(self) -> float:
+        """Stored bits of the block linears over their weights, scales and zeros counted."""
+        return 8 * self.linear_bytes / self.linear_params
+
+    @property
+    def bits_per_weight_model(self) -> float:
+        """Stored bits of the whole model over the weights it still has."""
+        return 8 * self.bytes / self.params
+
+
+def _bytes_of(part: Part, layout: Layout) -> int:
+    return layout.nbytes(part.out_features, part.in_features)
+
+
+def size_of(recipe: Recipe, anatomy: Anatomy) -> Size:
+    """Stored bytes of the model that this recipe makes, layer by layer."""
+    item = anatomy.itemsize
+    schemes = recipe.resolve(anatomy)
+    layers = {name: _bytes_of(anatomy.by_name[name], layout_of(scheme, item)) for name, scheme in schemes.items()}
+    gone = set(recipe.dropped_blocks(anatomy))
+    linears = sum(layers.values())
+    ends = [(anatomy.embedding, recipe.embedding), *([(anatomy.head, recipe.head)] if anatomy.head else [])]
+    layers |= {part.name: _bytes_of(part, embedding_layout(scheme, item)) for part, scheme in ends}
+    kept_params = sum(anatomy.by_name[name].numel for name in schemes)
+    rest = _rest_params(anatomy, gone)
+    params = kept_params + sum(part.numel for part, _ in ends) + rest
+    return Size(anatomy.bytes, sum(layers.values()) + rest * item, linears, kept_params, params, layers)
+
+
+def _rest_params(anatomy: Anatomy, gone: set[int]) -> int:
+    """Norms, biases and positions: all that is neither a linear's weight nor embedding nor head; dropped blocks lose their share."""
+    ends = anatomy.embedding.numel + (anatomy.head.numel if anatomy.head else 0)
+    rest = anatomy.params - anatomy.linear_params - ends
+    return rest - len(gone) * anatomy.block_rest_params
+
+
+def flops_per_token(recipe: Recipe | None, anatomy: Anatomy, context: int = 0) -> int:
+    """Multiply-adds times two for one token at a given context length, head included, attention scores and mixing included.
+
+    Weight-only formats and zeros without a sparse kernel save none; dropped blocks do.
+    """
+    gone = set(recipe.dropped_blocks(anatomy)) if recipe else set()
+    linears = sum(2 * part.numel for part in anatomy.linears if part.block not in gone)
+    scores = 4 * context * anatomy.heads * anatomy.head_dim * (anatomy.blocks - len(gone))
+    return linears + 2 * anatomy.vocab * anatomy.hidden + scores
+
+
+def weight_bytes_per_token(recipe: Recipe | None, anatomy: Anatomy) -> int:
+    """Bytes of weights that one decode step reads: all linears and the head; of a separate embedding only one row."""
+    size = size_of(recipe or Recipe(model=anatomy.model), anatomy)
+    if anatomy.head is None:
+        return size.bytes
+    row = size.layer_bytes[anatomy.embedding.name]
+    return size.bytes - row + row // anatomy.vocab
+
+
+def ideal_speedup(recipe: Recipe, anatomy: Anatomy) -> float:
+    """Bound on the gain in decode speed at batch 1, where reading the weights is all that costs: bytes over bytes. Ideal, not measured."""
+    return weight_bytes_per_token(None, anatomy) / weight_bytes_per_token(recipe, anatomy)

@@ -1,0 +1,358 @@
+"""The command line. Knows arguments, exit codes and what goes to which stream; every piece of work is a run or a reader elsewhere.
+
+With `--json` exactly one document goes to stdout; progress always goes to stderr. Exit codes: 0 done, 1 failed, 2 bad
+input, 130 cancelled. Nothing here imports torch: work that needs it happens in a worker process.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bitpress.engine.errors import BitpressError, InputError
+from bitpress.engine.home import PACKAGE_ROOT
+from bitpress.engine.recipe import Recipe
+from bitpress.engine.runs import failures, jobs
+from bitpress.engine.runs.events import Event, finite
+from bitpress.engine.runs.follow import follow
+from bitpress.engine.runs.status import Status
+from bitpress.engine.runs.store import RUN_ID, Run, Store
+
+
+def _set_home(path: Path | None) -> Path | None:
+    if path is not None:
+        os.environ["BITPRESS_HOME"] = str(path.expanduser().resolve())
+    return path
+
+
+Home = Annotated[Path | None, typer.Option("--home", callback=_set_home, is_eager=True, help="Where everything is kept (default: BITPRESS_HOME).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Compute again even when a finished run has the same digest.")]
+Tier = Annotated[str, typer.Option("--tier", help="quick, standard or full.")]
+Text = Annotated[str, typer.Option("--text", help="Text to measure on: an id, a file, or auto.")]
+
+
+def _group(about: str, alone: bool = False) -> typer.Typer:
+    """A group of commands that tells errors in plain words; `alone`: it may be called without one of them."""
+    return typer.Typer(help=about, no_args_is_help=not alone, invoke_without_command=alone, pretty_exceptions_enable=False, add_completion=False,
+                       rich_markup_mode=None)  # fmt: skip
+
+
+app = _group("See, measure and understand what a language model loses when it is made smaller.")
+models_app = _group("List the models; install or add one.", alone=True)
+runs_app = _group("List the runs; show, cancel or resume one.", alone=True)
+app.add_typer(models_app, name="models")
+app.add_typer(runs_app, name="runs")
+
+
+def main() -> None:
+    """Entry of the console script. A refusal is told in words: on stderr, and with --json as a document on stdout."""
+    try:
+        app(prog_name="bitpress")
+    except (BitpressError, OSError) as caught:
+        error = failures.explain(caught)
+        if "--json" in sys.argv[1:]:
+            _print_json({"error": error.as_dict()})
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(finite(document), indent=1, ensure_ascii=False))
+
+
+def _table(rows: list[tuple[Any, ...]], heads: tuple[str, ...]) -> None:
+    lines = [heads, *(tuple("" if cell is None else str(cell) for cell in row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+# Models and methods ----------------------------------------------------------------------------------------------
+
+
+@models_app.callback()
+def models(context: typer.Context, as_json: Json = False, home: Home = None) -> None:
+    """List the models: id, source, params, blocks, bytes, licence, ready."""
+    if context.invoked_subcommand:
+        return
+    from bitpress.engine.model.library import list_models
+
+    entries = list_models()
+    if as_json:
+        keys = ("id", "params", "blocks", "bytes", "licence", "ready")
+        _print_json([{"source": entry.source.label} | {key: value for key in keys if (value := getattr(entry, key)) is not None} for entry in entries])
+        return
+    rows = [(entry.id, entry.params, entry.blocks, entry.bytes, entry.licence, "ready" if entry.ready else "not installed") for entry in entries]
+    _table(rows, ("id", "params", "blocks", "bytes", "licence", "state"))
+
+
+@models_app.command("install")
+def install_model(model: str, as_json: Json = False, home: Home = None) -> None:
+    """Fetch a bundled model or one of the Hub (owner/name), and inspect it."""
+    run = _followed(jobs.submit("install", {"model": model}))
+    _told(run.result() or {}, as_json)
+
+
+@models_app.command("add")
+def add_model(path: Path, name: Annotated[str | None, typer.Option("--name")] = None, as_json: Json = False, home: Home = None) -> None:
+    """Add a folder of safetensors or a GGUF file, and inspect it."""
+    from bitpress.engine.model.library import add_local
+
+    entry = add_local(path, name)
+    run = _followed(jobs.submit("install", {"model": entry.id}))
+    _told(run.result() or {}, as_json)
+
+
+@app.command()
+def methods(as_json: Json = False, home: Home = None) -> None:
+    """List the compression methods: id, family, summary, citation, needs, options."""
+    from bitpress.engine.methods.catalogue import read_catalogue
+
+    catalogue = read_catalogue()
+    if catalogue is None:
+        from bitpress.engine.methods.registry import write_catalogue
+
+        catalogue = write_catalogue()
+    keys = ("id", "family", "summary", "citation", "needs", "options")
+    found = [{key: entry[key] for key in keys} for entry in catalogue["methods"]]
+    if as_json:
+        _print_json(found)
+    else:
+        _table([(entry["id"], entry["family"], entry["summary"]) for entry in found], ("id", "family", "summary"))
+
+
+# Work that is a run ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def compress(recipe: Path, model: Annotated[str | None, typer.Option("--model", help="Model id, in place of the recipe's.")] = None,
+             force: Force = False, as_json: Json = False, home: Home = None) -> None:  # fmt: skip
+    """Compress a model by a recipe, measure both, and keep the result as a run."""
+    plan = Recipe.from_yaml(recipe)
+    if model:
+        plan = plan.model_copy(update={"model": model})
+    _check(plan)
+    digest = jobs.compress_digest(plan)
+    run = Store().find_finished(digest) if digest and not force else None
+    if run is None:
+        run = _followed(jobs.submit("compress", {}, recipe=plan))
+    else:
+        print(f"The finished run {run.id} has this digest; --force computes it again.", file=sys.stderr)
+    _print_metrics(run, as_json)
+
+
+def _check(plan: Recipe) -> None:
+    """Refuse what can be refused before a worker is started: an unknown model, a recipe that does not fit it."""
+    from bitpress.engine.methods.catalogue import problems
+    from bitpress.engine.model import library
+    from bitpress.engine.model.anatomy import Anatomy
+
+    if plan.model == "any":
+        raise InputError("The recipe names no model.", "Its model is 'any', as in the presets.", "Add --model ID; `bitpress models` lists them.")
+    library.model_path(plan.model)
+    path = library.anatomy_path(plan.model)
+    if path.exists() and (found := problems(plan, Anatomy.load(path))):
+        raise InputError("This recipe does not fit the model.", " ".join(map(str, found)), "Correct the named fields and try again.")
+
+
+@app.command()
+def measure(target: str, tier: Tier = "quick", text: Text = "auto", latency: Annotated[bool, typer.Option(help="Time it too.")] = True,
+            as_json: Json = False, home: Home = None) -> None:  # fmt: skip
+    """Measure a model, or a finished run beside its dense model."""
+    asked = {"tier": tier, "text": text, "latency": latency}
+    run = _followed(jobs.submit("measure", {**_target(target), "measure": asked}))
+    _print_metrics(run, as_json)
+
+
+@app.command()
+def sensitivity(model: str, text: Text = "auto", force: Force = False, as_json: Json = False, home: Home = None) -> None:
+    """Measure how much each layer suffers from each option; kept and found again."""
+    from bitpress.engine.model.library import model_path
+
+    model_path(model)
+    run = _followed(jobs.submit("sensitivity", {"model": model, "text": text, "force": force}))
+    report = run.result() or {}
+    if as_json:
+        _print_json(report)
+        return
+    worst = sorted(report["scores"], key=lambda score: score["score"], reverse=True)[:20]
+    _table([(score["layer"], score["option"], f"{score['score']:.4g}") for score in worst], ("layer", "option", f"score ({report['kind']})"))
+
+
+@app.command()
+def generate(target: str, prompt: Annotated[str, typer.Option("--prompt")], max_new: Annotated[int, typer.Option("--max-new", min=1)] = 64,
+             temperature: Annotated[float, typer.Option(min=0.0)] = 0.0, top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+             seed: int = 0, as_json: Json = False, home: Home = None) -> None:  # fmt: skip
+    """Continue a prompt with a model or a finished run."""
+    sampling = {"max_new": max_new, "temperature": temperature, "top_p": top_p, "seed": seed}
+
+    def show(event: Event) -> None:
+        if event.kind == "sample" and not as_json:
+            print(event.data["text"], end="", flush=True)
+
+    run = _followed(jobs.submit("generate", {**_target(target), "prompt": prompt, "sampling": sampling}), show)
+    if as_json:
+        _print_json(run.result())
+    else:
+        print()
+
+
+def _target(target: str) -> dict[str, str]:
+    """A run's id (or a unique end of it) as `{run, model}`, anything else as `{model}`."""
+    if RUN_ID.fullmatch(target):
+        run = Store().get(target)
+        return {"run": run.id, "model": run.status().model or ""}
+    from bitpress.engine.model.library import model_path
+
+    model_path(target)
+    return {"model": target}
+
+
+def _followed(run: Run, show: Any = lambda _: None, after: int = 0) -> Run:
+    print(f"Run {run.id}", file=sys.stderr)
+    follow(run, show, after=after)
+    return run
+
+
+def _told(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(values)
+        return
+    for key, value in values.items():
+        print(f"{key}: {value}")
+
+
+def _print_metrics(run: Run, as_json: bool) -> None:
+    found = run.metrics()
+    if found is None:
+        raise BitpressError(f"The run {run.id} has no metrics.", "Its metrics.json is missing.", "Run it again with --force.")
+    if as_json:
+        _print_json(found)
+        return
+    sides = found["metrics"]
+    keys = [key for key, value in next(reversed(sides.values())).items() if isinstance(value, int | float)]
+    rows = [(key, *(_short(side.get(key)) for side in sides.values())) for key in keys]
+    _table(rows, (f"run {run.id}", *sides))
+    print(next(iter(sides.values()))["protocol"]["one_line"])
+
+
+def _short(value: Any) -> str | None:
+    """A number with its separators or four digits, anything else as it is."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else None if value is None else str(value)
+
+
+# Runs ------------------------------------------------------------------------------------------------------------
+
+
+@runs_app.callback()
+def runs(context: typer.Context, kind: Annotated[str | None, typer.Option("--kind")] = None, limit: int = 50, as_json: Json = False, home: Home = None) -> None:
+    """List the newest runs."""
+    if context.invoked_subcommand:
+        return
+    jobs.pump()
+    found = Store().list(kind=kind, limit=limit)
+    if as_json:
+        _print_json([_shown(status) for status in found])
+        return
+    rows = [(status.id, status.kind, status.model, status.state, status.phase, status.title) for status in found]
+    _table(rows, ("id", "kind", "model", "state", "phase", "title"))
+
+
+def _shown(status: Status) -> dict[str, Any]:
+    return {key: value for key, value in vars(status).items() if value is not None}
+
+
+@runs_app.command("show")
+def show_run(run_id: str, as_json: Json = False, home: Home = None) -> None:
+    """What is on record of a run, and the end of its log."""
+    run = Store().get(run_id)
+    shown = _shown(run.status()) | {"path": str(run.path)}
+    if not as_json:
+        shown["log"] = "\n" + run.log_tail(20)
+    _told(shown, as_json)
+
+
+@runs_app.command("cancel")
+def cancel_run(run_id: str, as_json: Json = False, home: Home = None) -> None:
+    """Stop a run; its finished layers are kept."""
+    status = jobs.cancel(run_id)
+    _told({"id": status.id, "state": status.state}, as_json)
+
+
+@runs_app.command("resume")
+def resume_run(run_id: str, as_json: Json = False, home: Home = None) -> None:
+    """Go on with a cancelled, failed or interrupted run, and wait for it."""
+    run = Store().get(run_id)
+    seen = max((event.n for event in run.events()), default=0)
+    jobs.resume(run.id)
+    _followed(run, after=seen)
+    if run.metrics() is not None:
+        _print_metrics(run, as_json)
+    else:
+        _told(_shown(run.status()), as_json)
+
+
+# The machine and the screens -------------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(as_json: Json = False, home: Home = None) -> None:
+    """What this machine offers, and what is missing."""
+    from bitpress.engine.doctor import as_lines, examine
+
+    report = examine()
+    if as_json:
+        _print_json(report)
+    else:
+        print("\n".join(as_lines(report)))
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(what: Annotated[str, typer.Argument(help="kernels or decode")], model: Annotated[str | None, typer.Option("--model", help="For decode.")] = None,
+          quick: Annotated[bool, typer.Option("--quick", help="Under 45 s.")] = False, as_json: Json = False, home: Home = None) -> None:  # fmt: skip
+    """Time the kernels, or the decode loop of a model, on this machine."""
+    if what == "kernels":
+        from bitpress.kernels.bench import kernel_table
+
+        report = kernel_table(quick)
+    elif what == "decode":
+        from bitpress.engine.decode_bench import decode_table
+
+        report = decode_table(model, quick)
+    else:
+        raise InputError(f"There is no bench '{what}'.", "", "There are `bench kernels` and `bench decode`.")
+    if as_json:
+        _print_json(report)
+        return
+    keys = [key for key, value in report["rows"][0].items() if not isinstance(value, dict)]
+    _table([tuple(_short(row.get(key)) for key in keys) for row in report["rows"]], tuple(keys))
+
+
+@app.command()
+def worker(run_dir: Path, home: Home = None) -> None:
+    """Do the run in this folder, in this process."""
+    from bitpress.engine.runs.worker import main as work
+
+    if not (run_dir / "request.json").exists():
+        raise InputError(f"{run_dir} is no run folder.", "It holds no request.json.", "Give a folder under runs/ of the home folder.")
+    raise typer.Exit(work(run_dir))
+
+
+@app.command("app")
+def open_app(port: Annotated[int, typer.Option(min=1, max=65535)] = 8501, home: Home = None) -> None:
+    """Open the dashboard in a browser."""
+    os.chdir(PACKAGE_ROOT)  # where .streamlit/config.toml lies
+    options = ["--server.port", str(port), "--server.showEmailPrompt", "false"]
+    os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", str(PACKAGE_ROOT / "app" / "main.py"), *options])
+
+
+if __name__ == "__main__":
+    main()

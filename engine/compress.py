@@ -1,0 +1,305 @@
+"""Run a recipe on a model: block by block, every finished layer durable. Knows the order of things; the mathematics is the methods'.
+
+The dense model stays whole and untouched: the compressed one is a twin that shares its weights, and only what a scheme
+changes is replaced in it, by packed codes or by new dense weights. Memory grows by the packed model and one layer's work.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitpress.engine.accounting import embedding_layout, layout_of
+from bitpress.engine.calibrate import walk
+from bitpress.engine.calibration_set import CalibrationSet, calibration_set
+from bitpress.engine.errors import BitpressError, Cancelled, InputError
+from bitpress.engine.layer_store import LayerStore, MadeFrom, StoredLayer
+from bitpress.engine.measure.memory import weights_of
+from bitpress.engine.methods import registry
+from bitpress.engine.methods.base import LinearMethod, MethodOptions, Outcome, Statistics, finite
+from bitpress.engine.methods.catalogue import problems
+from bitpress.engine.methods.stages import plan_stages
+from bitpress.engine.model import surgery
+from bitpress.engine.model.anatomy import Anatomy, Part
+from bitpress.engine.model.load import Loaded
+from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme, WeightScheme
+from bitpress.kernels.formats import PackedTensor, pack
+from bitpress.kernels.layout import Layout, UniformLayout
+from bitpress.kernels.packed import PackedEmbedding, PackedLinear
+
+__all__ = ["Compressed", "LayerResult", "LayerStore", "compress", "load_compressed"]
+Emit = Callable[[str, dict[str, Any]], None]
+ShouldStop = Callable[[], bool]
+DENSE_REASON = "stored dense: no format here stores a matrix of these zeros smaller"
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One finished matrix.
+
+    error: ||W - W'|| / ||W||, Frobenius norms. bytes: stored. seconds: spent on it now. kernel, reason: what multiplies it
+    in decoding and why nothing faster does. reused: it was taken from an earlier start of the same run.
+    """
+
+    layer: str
+    method: str
+    error: float
+    bytes: int
+    seconds: float
+    kernel: str
+    reason: str
+    reused: bool = False
+
+
+@dataclass
+class Compressed:
+    """The compressed model beside its dense twin, its matrices in the order in which they were made, and its stored bytes."""
+
+    model: nn.Module
+    layers: list[LayerResult]
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LayerJob:
+    """One matrix to make: its name in the dense model, its place in the compressed one, the layout and the methods in order."""
+
+    part: Part
+    place: str
+    scheme: Scheme
+    layout: Layout
+    methods: tuple[tuple[LinearMethod, MethodOptions], ...]
+
+    @property
+    def method(self) -> str:
+        """Names of the methods, such as `magnitude + rtn`."""
+        return " + ".join(method.name for method, _ in self.methods)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics of its inputs that the methods ask for."""
+        return frozenset().union(*(method.needs for method, _ in self.methods))
+
+
+def quiet(kind: str, data: dict[str, Any]) -> None:
+    """An `emit` that says nothing."""
+
+
+def never() -> bool:
+    """A `should_stop` that never stops."""
+    return False
+
+
+def compress(
+    loaded: Loaded,
+    recipe: Recipe,
+    emit: Emit = quiet,
+    store: LayerStore | None = None,
+    should_stop: ShouldStop = never,
+    calibration: CalibrationSet | None = None,
+) -> Compressed:
+    """Make the model that a recipe describes.
+
+    Says `stage_started`, and for every matrix `layer_done` and `progress`. With a store every finished layer is written,
+    and found again by a later call. calibration: None draws the recipe's own text, if a method needs any. Raises
+    InputError when the recipe does not fit the model, Cancelled when told to stop, BitpressError when a layer cannot be
+    kept or belongs to another run.
+    """
+    _check(recipe, loaded.anatomy)
+    started = time.perf_counter()
+    shaped = shape_twin(loaded, recipe)
+    jobs = plan_jobs(recipe, loaded.anatomy, shaped.places)
+    needed = any(job.needs for job in jobs)
+    calibration = (calibration or calibration_set(loaded, recipe.calibration, recipe.seed)) if needed else None
+    made_from = MadeFrom(loaded.anatomy.fingerprint, recipe.digest(), calibration.sha256 if calibration else "")
+    if store:
+        store.check(job.part.name for job in jobs)
+    making = _Making(loaded.model, shaped, jobs, made_from, emit, store, should_stop)
+    making.run(calibration)
+    size = weights_of(shaped.model, loaded.anatomy.block_prefix, loaded.anatomy.itemsize).stored_bytes
+    return Compressed(shaped.model, making.results, size, time.perf_counter() - started)
+
+
+def load_compressed(run_folder: Path, loaded: Loaded) -> nn.Module:
+    """The compressed model of a finished run, rebuilt from its layers on the dense model it was made from.
+
+    Raises BitpressError when a layer is missing, damaged or was made from something else.
+    """
+    folder = Path(run_folder)
+    recipe = Recipe.from_yaml(folder / "recipe.yaml")
+    shaped = shape_twin(loaded, recipe)
+    store, made_from = LayerStore(folder), MadeFrom(loaded.anatomy.fingerprint, recipe.digest(), calibration=None)
+    for job in plan_jobs(recipe, loaded.anatomy, shaped.places):
+        stored = store.load(job.part.name, made_from)
+        if stored is None:
+            raise BitpressError(f"The run {folder.name} is not finished.", f"The layer {job.part.name} is missing.", "Resume the run.")
+        install(shaped.model, job, stored)
+    return shaped.model
+
+
+def _check(recipe: Recipe, anatomy: Anatomy) -> None:
+    if found := problems(recipe, anatomy, registry.catalogue()):
+        raise InputError("This recipe does not fit the model.", " ".join(map(str, found)), "Correct the named fields and try again.")
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A twin of the dense model without the dropped blocks, its anatomy, and the place in it of every block linear that stays."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    places: dict[str, str]
+
+
+def shape_twin(loaded: Loaded, recipe: Recipe) -> Shaped:
+    """The twin that a recipe's structure asks for; its matrices are still those of the dense model."""
+    model, anatomy = surgery.twin(loaded.model), loaded.anatomy
+    gone = recipe.dropped_blocks(anatomy)
+    moved = surgery.drop_blocks(model, anatomy, gone) if gone else {block: block for block in range(anatomy.blocks)}
+    parts = {part.name: _moved(part, moved, anatomy.block_prefix) for part in anatomy.linears if part.block in moved}
+    fields = {**anatomy.model_dump(), "blocks": len(moved), "linears": tuple(parts.values())}
+    return Shaped(model, Anatomy.model_validate(fields), {name: part.name for name, part in parts.items()})
+
+
+def _moved(part: Part, moved: dict[int, int], prefix: str) -> Part:
+    block = moved[part.block or 0]
+    return part.model_copy(update={"name": f"{prefix}.{block}{part.name.removeprefix(f'{prefix}.{part.block}')}", "block": block})
+
+
+def plan_jobs(recipe: Recipe, anatomy: Anatomy, places: dict[str, str]) -> list[LayerJob]:
+    """Every matrix that the recipe changes, block by block in the order in which they run, embedding and head last."""
+    methods = [registry.linear(stage.method) for stage in recipe.stages]
+    staged = [(method, method.parse(stage.options)) for method, stage in zip(methods, recipe.stages, strict=True)]
+    steps = plan_stages(recipe, anatomy, {method.name: method.ability for method in methods}).steps
+    schemes = recipe.resolve(anatomy)
+    jobs = []
+    for name, numbers in steps.items():
+        if numbers:
+            layout = layout_of(schemes[name], anatomy.itemsize)
+            jobs.append(LayerJob(anatomy.by_name[name], places[name], schemes[name], layout, tuple(staged[number] for number in numbers)))
+    ends: list[tuple[Part | None, EmbeddingScheme | None]] = [(anatomy.embedding, recipe.embedding), (anatomy.head, recipe.head)]
+    return jobs + [_end_job(part, scheme) for part, scheme in ends if part and scheme]
+
+
+def _end_job(part: Part, scheme: EmbeddingScheme) -> LayerJob:
+    """Embedding and head are rounded to nearest, one symmetric scale a row; that needs no stage."""
+    rtn = registry.linear("rtn")
+    rows = WeightScheme(bits=scheme.bits, group_size=0, symmetric=True)
+    return LayerJob(part, part.name, Scheme(weights=rows), embedding_layout(scheme), ((rtn, rtn.parse({})),))
+
+
+def make_layer(module: nn.Module, job: LayerJob, stats: Statistics) -> StoredLayer:
+    """Run the job's methods on one matrix. Raises InputError that names the layer when its weights are not finite."""
+    dense = module.weight if isinstance(module, nn.Embedding) else surgery.linear_weight(module)
+    weight_NK = finite(dense.detach().float(), job.part.name)
+    outcome = Outcome(weight_NK)
+    for method, options in job.methods:
+        outcome = method.apply(outcome.weight_NK, job.scheme, stats, options)
+    if outcome.codes is not None and isinstance(job.layout, UniformLayout):
+        return StoredLayer(job.part.name, pack(*outcome.codes, job.layout), job.method, relative_error(weight_NK, outcome.weight_NK))
+    content = outcome.weight_NK.to(dense.dtype)
+    return StoredLayer(job.part.name, content, job.method, relative_error(weight_NK, content.float()))
+
+
+def relative_error(weight_NK: Tensor, made_NK: Tensor) -> float:
+    """||W - W'|| / ||W||, 0 for a matrix of zeros."""
+    norm = torch.linalg.vector_norm(weight_NK)
+    return float(torch.linalg.vector_norm(weight_NK - made_NK) / norm) if norm > 0 else 0.0
+
+
+def install(model: nn.Module, job: LayerJob, stored: StoredLayer) -> tuple[str, str]:
+    """Put a finished matrix in its place; returns the kernel that multiplies it in decoding, and why."""
+    module = surgery.get(model, job.place)
+    if not isinstance(stored.content, PackedTensor):
+        surgery.set_linear_weight(module, stored.content)
+        return "dense", DENSE_REASON
+    if isinstance(module, nn.Embedding):
+        return _install_embedding(model, job.place, module, stored.content)
+    packed = PackedLinear(stored.content, _bias(module))
+    surgery.replace(model, job.place, packed)
+    return packed.kernel, packed.reason
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    return module.bias if isinstance(module.bias, Tensor) else None
+
+
+def _install_embedding(model: nn.Module, place: str, module: nn.Embedding, content: PackedTensor) -> tuple[str, str]:
+    """Replace the embedding, and the head that is tied to it by a layer on the same storage."""
+    packed = PackedEmbedding(content, module.weight.dtype)
+    scale = getattr(module, "embed_scale", None)
+    if scale is not None:  # Gemma 3 multiplies inside its embedding module
+        packed.register_forward_hook(lambda _, __, rows: rows * torch.as_tensor(scale).to(rows.dtype))
+    head = next((name for name, other in model.named_modules() if isinstance(other, nn.Linear) and other.weight is module.weight), None)
+    surgery.replace(model, place, packed)
+    if head is None:
+        return "lookup", "rows are looked up and dequantised"
+    tied = packed.head(_bias(surgery.get(model, head)))
+    surgery.replace(model, head, tied)
+    return tied.kernel, tied.reason
+
+
+@dataclass
+class _Making:
+    """One pass over the jobs; holds what has been made so far."""
+
+    dense: nn.Module
+    shaped: Shaped
+    jobs: list[LayerJob]
+    made_from: MadeFrom
+    emit: Emit
+    store: LayerStore | None
+    should_stop: ShouldStop
+    results: list[LayerResult] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    def run(self, calibration: CalibrationSet | None) -> None:
+        """Make everything: through the calibration walk where a method needs statistics, else straight on."""
+        self.emit("stage_started", {"stage": "compressing", "total": len(self.jobs)})
+        inside = [job for job in self.jobs if job.part.block is not None]
+        if calibration is None:
+            self.make(inside, {})
+        else:
+            self.walk(inside, calibration)
+        self.make(self.jobs[len(inside) :], {})
+
+    def walk(self, inside: list[LayerJob], calibration: CalibrationSet) -> None:
+        """Block by block: each block's inputs have passed through the compressed blocks before it."""
+        requests = {job.place: set(job.needs) for job in inside if job.needs}
+        blocks: dict[int, list[LayerJob]] = {}
+        for job in inside:
+            blocks.setdefault(self.shaped.anatomy.by_name[job.place].block or 0, []).append(job)
+        ids_SL, stop = calibration.ids_SL, self.should_stop
+        walk(self.shaped.model, self.shaped.anatomy, ids_SL, requests, lambda block, stats: self.make(blocks.get(block, []), stats), should_stop=stop)
+
+    def make(self, jobs: list[LayerJob], stats: Mapping[str, Statistics]) -> None:
+        """Make these matrices from the statistics of their inputs, by place."""
+        for job in jobs:
+            if self.should_stop():
+                raise Cancelled()
+            self.results.append(self.layer(job, stats.get(job.place, {})))
+            self.tell()
+
+    def layer(self, job: LayerJob, stats: Statistics) -> LayerResult:
+        begun = time.perf_counter()
+        stored = self.store.load(job.part.name, self.made_from) if self.store else None
+        reused = stored is not None
+        if stored is None:
+            stored = make_layer(surgery.get(self.dense, job.part.name), job, stats)
+            if self.store:
+                self.store.save(stored, self.made_from)
+        kernel, reason = install(self.shaped.model, job, stored)
+        seconds = round(time.perf_counter() - begun, 4)
+        return LayerResult(stored.layer, stored.method, stored.error, stored.nbytes, seconds, kernel, reason, reused)
+
+    def tell(self) -> None:
+        self.emit("layer_done", vars(self.results[-1]).copy())
+        done = sum(job.part.numel for job in self.jobs[: len(self.results)])
+        left = sum(job.part.numel for job in self.jobs[len(self.results) :])
+        eta = (time.perf_counter() - self.started) * left / done
+        self.emit("progress", {"done": len(self.results), "total": len(self.jobs), "eta_s": round(eta, 2)})

@@ -1,0 +1,293 @@
+"""Decoding at batch 1 with a static KV cache, over dense or packed layers alike. Knows token ids and logits; no text and no sampling.
+
+Llama, Mistral, Qwen2 and Qwen3 run in a loop of our own (`_OwnLoop`): fused q-k-v and gate-up, a cache allocated once, the
+same code whatever the layers hold, so that a speed-up is the layers' and not the loop's. Every other model runs through
+transformers' forward with its cache (`_TransformersLoop`), behind the same calls. Shape letters: T positions, D hidden
+width, H heads, C channels of a head, V vocabulary.
+
+Types on a CPU, the same for dense and packed: steps and short pieces (up to 8 tokens) in bfloat16, since reading the
+weights is all that costs; longer pieces in what the machine multiplies fastest (`compute_dtype`); the cache in bfloat16.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitpress.engine.errors import InputError
+from bitpress.engine.model.load import compute_dtype
+from bitpress.kernels import cpu_step
+from bitpress.kernels.packed import PackedEmbedding, PackedLinear
+from bitpress.kernels.rows import join
+
+OWN_LOOP = ("llama", "mistral", "qwen2", "qwen3")
+MOVING_ROPE = ("dynamic", "longrope")  # frequencies that change with the length: no table holds them
+SILU = ("silu", "swish")
+SHORT = 8  # tokens up to which a piece is bound by reading the weights, as a step is
+LOGIT_ROWS = 256  # positions whose logits exist at a time
+
+
+class Decoder:
+    """A model ready to write one sequence, token by token.
+
+    model: a causal language model of transformers, its linears dense or packed. max_length: positions the cache has room
+    for; None for the model's whole context. dtype: one type for everything, None for the rule above. Building a decoder
+    joins q, k, v and gate, up in the model's own storage; weights in another type than the steps' are copied.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, max_length: int | None = None, dtype: torch.dtype | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.model: Any = model  # families agree on names, not on a type
+        config: Any = model.config
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = min(length for length in (max_length, context, 1 << 20) if length)
+        self.device = next(model.parameters()).device
+        self.step_dtype, self.piece_dtype = _dtypes(model, self.device, dtype)
+        self.reason = _why_not_own(model, self.max_length)
+        with torch.inference_mode(False), torch.no_grad():
+            self._loop: _OwnLoop | _TransformersLoop = _OwnLoop(self) if self.reason is None else _TransformersLoop(self)
+
+    @property
+    def position(self) -> int:
+        """Tokens in the cache."""
+        return self._loop.position
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        """What a figure measured with this decoder holds under, for its protocol."""
+        names = (("step_dtype", self.step_dtype), ("prefill_dtype", self.piece_dtype), ("kv_dtype", self._loop.cache_dtype))
+        loop = "transformers, cache: " + self.reason if self.reason else "own, static cache"
+        return {"loop": loop, **{key: str(value).removeprefix("torch.") for key, value in names}}
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._loop.reset()
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor | list[int]) -> Tensor:
+        """Start anew on a prompt. ids: [T] or [1, T], at least one. Returns the next token's logits [V], float32. Raises InputError beyond the length."""
+        self.reset()
+        return self._loop.logits(self.extend(ids)[-1:])[0]
+
+    @torch.inference_mode()
+    def step(self, token_id: int) -> Tensor:
+        """Add one token. Returns the next one's logits [V], float32. Raises InputError when the cache is full."""
+        return self._loop.logits(self.extend([token_id]))[0]
+
+    @torch.inference_mode()
+    def extend(self, ids: Tensor | list[int]) -> Tensor:
+        """Add tokens. ids: [T] or [1, T]. Returns their last hidden states [T, D], before the head."""
+        ids_T = torch.as_tensor(ids, dtype=torch.long, device=self.device).reshape(-1)
+        if not len(ids_T):
+            raise InputError("There is no token to start from.", "The prompt is empty and the model has no start token.", "Write at least one word.")
+        if self.position + len(ids_T) > self.max_length:
+            raise context_overflow(self.position, len(ids_T), self.max_length)
+        return self._loop.extend(ids_T)
+
+    @torch.inference_mode()
+    def log_probabilities(self, ids: Tensor | list[int]) -> Iterator[Tensor]:
+        """Start anew and yield float32 log-probabilities [<= 256, V] of what follows each position of ids, slice by slice."""
+        self.reset()
+        hidden_TD = self.extend(ids)
+        for piece_TD in hidden_TD.split(LOGIT_ROWS):
+            yield self._loop.logits(piece_TD).log_softmax(dim=-1)
+
+
+def context_overflow(prompt: int, new: int, limit: int) -> InputError:
+    """The refusal of more tokens than there is room for."""
+    what = f"A prompt of {prompt} tokens and {new} new ones do not fit."
+    return InputError(what, f"There is room for {limit} together.", f"Shorten the prompt, or ask for at most {max(0, limit - prompt)} new tokens.")
+
+
+def _dtypes(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
+    """(type of steps, type of longer pieces)."""
+    if dtype is not None:
+        return dtype, dtype
+    if device.type == "cpu":
+        return torch.bfloat16, compute_dtype("cpu")
+    own = next(model.parameters()).dtype
+    return own, own
+
+
+def _why_not_own(model: Any, max_length: int) -> str | None:
+    """Why our own loop cannot run this model, in words; None when it can."""
+    config = model.config.get_text_config()
+    if config.model_type not in OWN_LOOP:
+        return f"our own loop does not know {config.model_type or type(model).__name__} models"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in MOVING_ROPE:
+        return f"positions of type {rope} change with the length"
+    window = getattr(config, "sliding_window", None)
+    sliding = config.model_type == "mistral" or "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if window and sliding and window < max_length:
+        return f"attention slides over {window} tokens, fewer than {max_length}"
+    return None
+
+
+class _Block:
+    """One block's parts, fused where they can be."""
+
+    def __init__(self, block: Any, activation: str, dtype: torch.dtype) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        self.qkv = join([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self.out = join([attention.o_proj], dtype)
+        self.gate_up = join([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = join([mlp.down_proj], dtype)
+        self.activation = F.silu if activation in SILU else mlp.act_fn
+        self.attention_norm, self.mlp_norm = _Norm(block.input_layernorm, dtype), _Norm(block.post_attention_layernorm, dtype)
+        self.head_norms = [_Norm(norm, dtype) for norm in (attention.q_norm, attention.k_norm)] if hasattr(attention, "q_norm") else []
+
+
+class _Norm:
+    """RMSNorm over the last axis, summed in float32.
+
+    torch has no fused one for CPUs, but a fused LayerNorm: [x, -x] has mean 0 and the variance that RMSNorm divides by.
+    """
+
+    def __init__(self, norm: Any, dtype: torch.dtype) -> None:
+        self.weight_D, self.epsilon, self.width = norm.weight.detach().to(dtype), norm.variance_epsilon, len(norm.weight)
+        self.doubled = torch.cat((self.weight_D, self.weight_D))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() == self.width and x.dtype == torch.bfloat16 and x.device.type == "cpu" and cpu_step.available():
+            return cpu_step.rms_norm(x, self.weight_D, self.epsilon)
+        if x.device.type != "cpu" or x.dtype != self.doubled.dtype:
+            return F.rms_norm(x, (self.width,), self.weight_D.to(x.dtype), self.epsilon)
+        return torch.layer_norm(torch.cat((x, -x), -1), (2 * self.width,), self.doubled, None, self.epsilon)[..., : self.width]
+
+
+class _OwnLoop:
+    """Llama-like blocks over a static cache [block, 1, KV heads of keys then of values, position, channel]."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        model, config = decoder.model, decoder.model.config.get_text_config()
+        self.step_dtype, self.piece_dtype, self.cache_dtype, self.position = decoder.step_dtype, decoder.piece_dtype, decoder.step_dtype, 0
+        self.embed, self.blocks = model.model.embed_tokens, [_Block(block, config.hidden_act, self.step_dtype) for block in model.model.layers]
+        self.norm, self.head = _Norm(model.model.norm, self.step_dtype), join([model.get_output_embeddings()], self.step_dtype)
+        attention = model.model.layers[0].self_attn
+        self.channels, self.scale = attention.head_dim, attention.scaling
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.cos, self.sin = self._rotary(model.model.rotary_emb, decoder)
+        shape = (len(self.blocks), 1, 2 * self.kv_heads, decoder.max_length, self.channels)
+        self.cache = torch.empty(shape, dtype=self.cache_dtype, device=decoder.device)
+        plain = all(block.activation is F.silu and not block.head_norms for block in self.blocks)
+        self.fused_steps = plain and decoder.device.type == "cpu" and self.step_dtype == torch.bfloat16 and cpu_step.available()
+
+    def _rotary(self, rotary: nn.Module, decoder: Decoder) -> tuple[Tensor, Tensor]:
+        """Tables [position, 1, C]. The sine's first half is negated, so that turning is x * cos + roll(x, C / 2) * sin."""
+        positions = torch.arange(decoder.max_length, device=decoder.device)[None]
+        cos, sin = rotary(torch.empty(0, dtype=torch.float32, device=decoder.device), positions)
+        half = self.channels // 2
+        return cos[0][:, None], torch.cat((-sin[0][:, :half], sin[0][:, half:]), dim=-1)[:, None]
+
+    def _angles(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, heads of q, k and v, C] of these positions; values are turned by 0, so that one product does for all."""
+        turned = self.heads + self.kv_heads
+        cos, sin = (table[start:stop].to(dtype).expand(-1, turned, -1) for table in (self.cos, self.sin))
+        still = (0, 0, 0, self.kv_heads)
+        return F.pad(cos, still, value=1.0), F.pad(sin, still)
+
+    def reset(self) -> None:
+        self.position = 0
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """[T, V], float32."""
+        return self.head(hidden_TD.to(self._dtype_for(len(hidden_TD)))).float()
+
+    def _dtype_for(self, length: int) -> torch.dtype:
+        return self.step_dtype if length <= SHORT else self.piece_dtype
+
+    def extend(self, ids_T: Tensor) -> Tensor:
+        start, stop = self.position, self.position + len(ids_T)
+        dtype = self._dtype_for(len(ids_T))
+        if len(ids_T) == 1 and self.fused_steps:
+            return self._step(ids_T)
+        angles = self._angles(start, stop, dtype)
+        new, seen = self.cache[:, 0, :, start:stop].unbind(), self.cache[:, :, :, :stop]
+        keys, values = seen[:, :, : self.kv_heads].unbind(), seen[:, :, self.kv_heads :].unbind()
+        x_TD = self.embed(ids_T).to(dtype)
+        for block, *slots in zip(self.blocks, new, keys, values, strict=True):
+            x_TD = x_TD + block.out(self._attend(block, block.attention_norm(x_TD), angles, *slots))
+            gate, up = block.gate_up(block.mlp_norm(x_TD)).chunk(2, dim=-1)
+            x_TD = x_TD + block.down(block.activation(gate) * up)
+        self.position = stop
+        return self.norm(x_TD)
+
+    def _step(self, ids_1: Tensor) -> Tensor:
+        """One token on a CPU: the same sums as below with one call where torch takes several."""
+        at = self.position
+        x_1D, cos_C, sin_C = self.embed(ids_1).to(self.step_dtype), self.cos[at, 0], self.sin[at, 0]
+        for block, cache in zip(self.blocks, self.cache[:, 0].unbind(), strict=True):
+            qkv = block.qkv(block.attention_norm(x_1D))
+            x_1D = x_1D + block.out(cpu_step.attend_one(qkv, cos_C, sin_C, cache, at, self.heads, self.scale))
+            gate_up = block.gate_up(block.mlp_norm(x_1D))
+            x_1D = x_1D + block.down(cpu_step.gated_silu(gate_up))
+        self.position = at + 1
+        return self.norm(x_1D)
+
+    def _attend(self, block: _Block, x_TD: Tensor, angles: tuple[Tensor, Tensor], new: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Write the new positions' keys and values to `new` and mix `values`: [T, heads * C], before the output matrix."""
+        cos, sin = angles
+        qkv_THC = block.qkv(x_TD).view(len(x_TD), -1, self.channels)
+        if block.head_norms:
+            parts = qkv_THC.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+            qkv_THC = torch.cat((*(norm(part) for norm, part in zip(block.head_norms, parts[:2], strict=True)), parts[2]), dim=1)
+        qkv_THC = torch.addcmul(qkv_THC * cos, qkv_THC.roll(self.channels // 2, -1), sin)
+        new.copy_(qkv_THC[:, self.heads :].transpose(0, 1))
+        mix = self._mix_one if len(x_TD) == 1 else self._mix
+        return mix(qkv_THC[:, : self.heads], keys, values)
+
+    def _mix_one(self, query_1HC: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Query heads that share a key head stand in for positions: nothing is repeated and nothing masked."""
+        query = query_1HC.view(1, self.kv_heads, -1, self.channels)
+        return F.scaled_dot_product_attention(query, keys, values, scale=self.scale).view(1, -1)
+
+    def _mix(self, query_THC: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        length, repeats = len(query_THC), self.heads // self.kv_heads
+        keys, values = (side.to(query_THC.dtype).repeat_interleave(repeats, dim=1) for side in (keys, values))
+        query, mask = query_THC.transpose(0, 1)[None], None
+        if self.position:
+            mask = torch.ones(length, keys.shape[2], dtype=torch.bool, device=keys.device).tril(self.position)
+        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale)
+        return mixed[0].transpose(0, 1).reshape(length, -1)
+
+
+class _TransformersLoop:
+    """transformers' own forward. Models that keep no cache are run anew on the whole prefix."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.model = _in_dtype(decoder.model, decoder.step_dtype)
+        decoder.piece_dtype = decoder.step_dtype  # one copy of the weights, one type
+        self.cache_dtype = decoder.step_dtype
+        self.reset()
+
+    def reset(self) -> None:
+        self.position, self.keeps_cache = 0, True
+        self.cache: Any = None
+        self.seen_T: Tensor | None = None
+
+    def extend(self, ids_T: Tensor) -> Tensor:
+        """Logits stand in for hidden states here: forwards of all families agree on no other output."""
+        given_T = ids_T if self.keeps_cache or self.seen_T is None else torch.cat((self.seen_T, ids_T))
+        more = {"past_key_values": self.cache, "use_cache": True} if self.keeps_cache else {}
+        output = self.model(input_ids=given_T[None], **more)
+        self.cache = getattr(output, "past_key_values", None)
+        self.keeps_cache = self.cache is not None
+        self.seen_T = ids_T if self.seen_T is None else torch.cat((self.seen_T, ids_T))
+        self.position += len(ids_T)
+        return output.logits[0, -len(ids_T) :]
+
+    def logits(self, hidden_TV: Tensor) -> Tensor:
+        return hidden_TV.float()
+
+
+def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model itself when its dense weights have this type, else a copy that has; packed codes are shared, never copied."""
+    if all(weight.dtype == dtype for weight in model.parameters()):
+        return model
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
+    shared = {id(buffer): buffer for module in packed for buffer in module.buffers()}
+    return copy.deepcopy(model, memo=shared).to(dtype)

@@ -1,0 +1,95 @@
+"""How fast a model writes, dense and at several widths, in the same loop and in turn: `bitpress bench decode`. Knows what to time; timing is `latency`'s.
+
+Every side is really packed by rounding to nearest, in memory only. Dense means dense weights in our own loop;
+transformers means the same weights in the loop that everybody has.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
+
+from bitpress.engine.compress import compress
+from bitpress.engine.decode import Decoder
+from bitpress.engine.measure.latency import Plan, measure_latency
+from bitpress.engine.measure.memory import weights_of
+from bitpress.engine.model import library, load
+from bitpress.engine.recipe import Recipe
+from bitpress.engine.runs import machine
+
+WIDTHS = (8, 4, 3, 2)
+QUICK_WIDTHS = (4,)
+GROUP = 64
+DENSE, TRANSFORMERS = "dense", "transformers"
+
+
+class _EachToken(BaseStreamer):
+    """Passes on that a new token is there; the prompt, which `generate` hands over first, is none."""
+
+    def __init__(self, on_token: Callable[[], object]) -> None:
+        self.on_token, self.prompt_seen = on_token, False
+
+    def put(self, value: Tensor) -> None:
+        if self.prompt_seen:
+            self.on_token()
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        return
+
+
+class TransformersGenerate:
+    """A `latency.Teller`: greedy `transformers.generate`, batch 1, with the cache that it chooses."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+
+    def tell(self, prompt_T: Tensor, new: int, on_token: Callable[[], object]) -> None:
+        """Write `new` tokens after `prompt_T`, end tokens suppressed."""
+        ids_1T = prompt_T[None]
+        self.model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), do_sample=False, pad_token_id=0, min_new_tokens=new, max_new_tokens=new,
+                            streamer=_EachToken(on_token))  # fmt: skip
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        """As `Decoder.conditions`."""
+        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        return {"loop": "transformers.generate", "step_dtype": dtype, "prefill_dtype": dtype, "kv_dtype": dtype}
+
+
+def decode_table(model_id: str | None = None, quick: bool = False, widths: Sequence[int] = ()) -> dict[str, Any]:
+    """Time every side. `model_id` None: the recommended model where it is installed, else the built-in one. widths: of the packed sides, (): the usual.
+
+    Returns `{machine, rows: [{side, model, bits_per_weight_model, bytes, prefill_tokens_per_s, decode_tokens_per_s, ttft_s,
+    tpot_p50_s, tpot_p95_s, times_dense, conditions}]}`. Raises InputError for a model that is unknown or not installed.
+    """
+    loaded = load.load(model_id or _default_model())
+    widths = widths or (QUICK_WIDTHS if quick else WIDTHS)
+    models = {DENSE: loaded.model} | {f"{bits}-bit": compress(loaded, _recipe(loaded.model_id, bits)).model for bits in widths}
+    plan = Plan(prompt=32, new=32, rounds=3, seconds=3.0) if quick else Plan()
+    plan = plan.fitted(loaded.anatomy.context)
+    decoders: dict[str, Decoder | TransformersGenerate] = {TRANSFORMERS: TransformersGenerate(loaded.model)}
+    decoders |= {side: Decoder(model, loaded.tokenizer, plan.prompt + plan.new) for side, model in models.items()}
+    prompt_T = torch.randint(loaded.anatomy.vocab, (plan.prompt,), generator=torch.Generator().manual_seed(0))
+    found = measure_latency(decoders, prompt_T, plan)
+    rows = []
+    for side, latency in found.items():
+        weights = weights_of(models.get(side, loaded.model), loaded.anatomy.block_prefix, loaded.anatomy.itemsize)
+        figures = {key: value for key, value in vars(latency).items() if key != "conditions"}
+        gain = latency.decode_tokens_per_s / found[DENSE].decode_tokens_per_s
+        rows.append({"side": side, "model": loaded.model_id, "bits_per_weight_model": weights.bits_per_weight_model, "bytes": weights.stored_bytes,
+                     **figures, "times_dense": gain, "conditions": {**latency.conditions, **decoders[side].conditions}})  # fmt: skip
+    return {"machine": machine.describe(), "rows": rows}
+
+
+def _default_model() -> str:
+    ready = [entry for entry in library.list_models() if entry.ready]
+    return max(ready, key=lambda entry: entry.recommended).id
+
+
+def _recipe(model_id: str, bits: int) -> Recipe:
+    """Every block linear at so many bits, the embedding and its tied head at 8."""
+    scheme = {"match": "*", "weights": {"bits": bits, "group_size": GROUP}}
+    return Recipe.from_dict({"model": model_id, "schemes": [scheme], "embedding": {"bits": 8}, "stages": [{"method": "rtn"}]})

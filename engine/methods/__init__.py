@@ -1,0 +1,1 @@
+"""Compression methods, one a file in the folder of its family. `registry` finds them; `catalogue` describes them without torch."""

@@ -1,0 +1,35 @@
+"""What a method can do for a scheme, as a record. Knows schemes; no algorithms and no torch."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from bitpress.engine.recipe import Scheme
+
+
+class Ability(BaseModel):
+    """Which part of a scheme a method satisfies, and which values of it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    part: Literal["weights", "sparsity", "rank"]
+    bits: tuple[int, ...] = ()  # widths, for weights
+    patterns: tuple[str, ...] = ()  # patterns of zeros, for sparsity
+
+    def satisfies(self, scheme: Scheme) -> bool:
+        """True when the scheme asks for this part with a value that the method has."""
+        asked = wanted_parts(scheme)
+        if self.part not in asked:
+            return False
+        if self.part == "weights":
+            return scheme.weights is not None and scheme.weights.bits in self.bits
+        if self.part == "sparsity":
+            return scheme.sparsity is not None and scheme.sparsity.pattern in self.patterns
+        return True
+
+
+def wanted_parts(scheme: Scheme) -> tuple[str, ...]:
+    """The parts of a scheme that ask for something; a ratio of 0 asks for nothing."""
+    sparsity = scheme.sparsity if scheme.sparsity and scheme.sparsity.ratio > 0 else None
+    asked = {"sparsity": sparsity, "rank": scheme.rank, "weights": scheme.weights}
+    return tuple(part for part, value in asked.items() if value is not None)

@@ -1,0 +1,97 @@
+"""What every compression method is: a description of itself and one function. Knows matrices and schemes; no models, no files.
+
+A new method is one file in the folder of its family with one subclass of `LinearMethod`, and one test file.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from bitpress.engine.errors import InputError
+from bitpress.engine.methods.ability import Ability
+from bitpress.engine.methods.quantize.pipeline import Codes
+from bitpress.engine.recipe import Scheme
+
+Family = Literal["quantize", "prune", "lowrank", "share", "kvcache", "distill"]
+Statistics = Mapping[str, Tensor]  # of one layer's inputs, by name, such as "second_moment" [K]
+
+
+class MethodOptions(BaseModel):
+    """Base of a method's options. Fields carry title, description and bounds: the form on screen is drawn from them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Outcome(NamedTuple):
+    """What a method made of one matrix: the weights it now stands for and, once quantised, the codes that are stored."""
+
+    weight_NK: Tensor  # float32
+    codes: Codes | None = None
+
+
+class Method(ABC):
+    """The description that every method gives of itself, whatever it acts on."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    family: ClassVar[Family]
+    summary: ClassVar[str]  # two sentences: what it does, what it costs
+    citation: ClassVar[str]
+    acts_on: ClassVar[str]
+    ability: ClassVar[Ability]
+    needs: ClassVar[frozenset[str]] = frozenset()  # statistics of the calibration walk
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
+
+    def satisfies(self, scheme: Scheme) -> bool:
+        """True when this method gives a layer a part of what its scheme asks for."""
+        return self.ability.satisfies(scheme)
+
+    def parse(self, options: Mapping[str, Any]) -> MethodOptions:
+        """Checked options. Raises InputError that names the field."""
+        try:
+            return self.Options.model_validate(dict(options))
+        except ValidationError as error:
+            told = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+            raise InputError(f"The options of {self.name} cannot be used.", f"{told}.", "`bitpress methods` lists them.") from None
+
+    def describe(self) -> dict[str, Any]:
+        """The method's entry of the catalogue."""
+        return {
+            "id": self.name,
+            "title": self.title,
+            "family": self.family,
+            "summary": self.summary,
+            "citation": self.citation,
+            "needs": sorted(self.needs),
+            "acts_on": self.acts_on,
+            "ability": self.ability.model_dump(mode="json"),
+            "options": self.Options.model_json_schema(),
+        }
+
+
+class LinearMethod(Method):
+    """A method that acts on one weight matrix at a time."""
+
+    acts_on: ClassVar[str] = "linear"
+
+    @abstractmethod
+    def apply(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: Any) -> Outcome:
+        """Bring one matrix to its scheme.
+
+        weight_NK: float32 [N outputs, K inputs], finite; must not be changed in place. scheme: one that `satisfies`.
+        stats: what `needs` names, of this layer's inputs. options: an instance of `Options`.
+        """
+
+
+def finite(weight_NK: Tensor, layer: str) -> Tensor:
+    """The same weights. Raises InputError that names the layer when a value is NaN or infinite."""
+    # A sum is not finite whenever a term is not, and is far cheaper than a mask; float64 cannot overflow here.
+    if not bool(weight_NK.sum(dtype=torch.float64).isfinite()):
+        bad = int((~weight_NK.isfinite()).sum())
+        why = f"{bad:,} of its {weight_NK.numel():,} weights are not finite numbers."
+        raise InputError(f"The layer {layer} cannot be compressed.", why, "Load an undamaged copy of the model, or leave this layer dense.")
+    return weight_NK

@@ -1,0 +1,1 @@
+"""Methods that give weights fewer bits."""

@@ -1,0 +1,386 @@
+"""What to do to a model: the one exchange object of the system. Knows schemes, stages and their schema; computes nothing on weights.
+
+A recipe is YAML that a person may write by hand. It is strict: an unknown key, a wrong type or a width that no format
+has is refused with the field's name. Torch-free, so that the screens can hold one.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
+
+from bitpress.engine.errors import InputError
+from bitpress.engine.model.anatomy import Anatomy
+from bitpress.engine.targets import chosen_blocks, matches, pattern_problem
+
+SCHEMA_VERSION = 1
+BITS = (2, 3, 4, 5, 6, 8)
+MAX_YAML_BYTES = 1 << 20
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same safe subset, eight times faster where libyaml is there
+
+
+def _whole(value: Any) -> Any:
+    """Refuse 4.0, '4' and True where a whole number is meant: a silent conversion would hide a typing error."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"must be a whole number, not {value!r}")
+    return value
+
+
+def _share(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"must be a number, not {value!r}")
+    return value
+
+
+def _width(value: Any) -> Any:
+    if isinstance(value, bool) or value not in BITS or not isinstance(value, int):
+        raise ValueError(f"{value!r} is not a width that a format has; choose one of {', '.join(map(str, BITS))}")
+    return value
+
+
+def _group(value: Any) -> Any:
+    if value == "row":
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not (value == 0 or 8 <= value <= 65536):
+        raise ValueError(f"{value!r} is not a group size; give a number from 8, or 'row' for one group a row")
+    return value
+
+
+Bits = Annotated[int, BeforeValidator(_width)]
+GroupSize = Annotated[int, BeforeValidator(_group)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+Ratio = Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(_share)]
+Keep = Annotated[float, Field(gt=0.0, le=1.0), BeforeValidator(_share)]
+
+
+class Strict(BaseModel):
+    """Base of all recipe parts: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WeightScheme(Strict):
+    """Uniform codes of `bits` bits. `group_size` 0 (in YAML: row) shares one scale over a whole row."""
+
+    bits: Bits
+    group_size: GroupSize = 64
+    symmetric: StrictBool = False
+
+
+class SparsityScheme(Strict):
+    """`ratio` of the weights are zero; pattern 2:4 keeps the two largest of every four inputs."""
+
+    ratio: Ratio
+    pattern: Literal["unstructured", "2:4"] = "unstructured"
+
+
+class RankScheme(Strict):
+    """Keep this share of the break-even rank; the factors may themselves be quantised."""
+
+    keep: Keep
+    factors: WeightScheme | None = None
+
+
+class Scheme(Strict):
+    """What one weight matrix becomes. None or "dense" in a part leaves that part alone."""
+
+    weights: WeightScheme | None = None
+    sparsity: SparsityScheme | None = None
+    rank: RankScheme | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """True when nothing happens to the matrix."""
+        return self.weights is None and (self.sparsity is None or self.sparsity.ratio == 0) and self.rank is None
+
+
+class WeightPatch(Strict):
+    """The weight fields that one line of `schemes` sets; what it leaves out stays as earlier lines set it."""
+
+    bits: Bits | None = None
+    group_size: GroupSize | None = None
+    symmetric: StrictBool | None = None
+
+
+class SchemeLine(Strict):
+    """One line of `schemes`: a target pattern and what it sets. Later lines win, field by field."""
+
+    match: str
+    weights: WeightPatch | Literal["dense"] | None = None
+    sparsity: SparsityScheme | Literal["dense"] | None = None
+    rank: RankScheme | Literal["dense"] | None = None
+
+
+class EmbeddingScheme(Strict):
+    """Width of the token embedding (and of the head that is tied to it): one symmetric scale a row."""
+
+    bits: Bits
+
+
+class CacheSide(Strict):
+    """Width of the cached keys or values; `axis` is what shares a scale."""
+
+    bits: Bits
+    axis: Literal["channel", "token"]
+    group_size: GroupSize = 32
+
+
+class CacheRank(Strict):
+    """Share of the cache's width that a low-rank latent keeps."""
+
+    keep: Keep
+
+
+class KVCache(Strict):
+    """What the KV cache becomes; the last `residual_window` tokens stay dense."""
+
+    keys: CacheSide | None = None
+    values: CacheSide | None = None
+    residual_window: Annotated[Whole, Field(ge=0)] = 0
+    rank: CacheRank | None = None
+
+
+class Calibration(Strict):
+    """Text the methods may look at: `sequences` pieces of `length` tokens from the `part` of a corpus."""
+
+    text: str = "auto"
+    part: Literal["calibration"] = "calibration"
+    sequences: Annotated[Whole, Field(ge=1, le=4096)] = 64
+    length: Annotated[Whole, Field(ge=8, le=32768)] = 512
+
+
+class Neurons(Strict):
+    """Share of the MLP neurons that the matching blocks keep."""
+
+    match: str = "*"
+    keep: Keep
+
+
+class Structure(Strict):
+    """What changes the model's shape. `drop_blocks` is a list of block numbers or a selector such as "odd" or "last4"."""
+
+    drop_blocks: list[Whole] | str = Field(default_factory=list)
+    remove_heads: dict[int, list[Whole]] = Field(default_factory=dict)
+    neurons: Neurons | None = None
+    share_blocks: list[list[Whole]] = Field(default_factory=list)
+
+
+class Stage(Strict):
+    """One method with its options; it acts on the targets whose scheme its family can satisfy."""
+
+    method: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    targets: str = "*"
+
+
+class Measure(Strict):
+    """What is measured afterwards: a tier of windows on a corpus, and whether latency is timed."""
+
+    tier: Literal["quick", "standard", "full"] = "quick"
+    text: str = "auto"
+    latency: StrictBool = True
+
+
+class Problem(BaseModel):
+    """Something in a recipe that does not fit the model: the field, what is wrong, what would be right."""
+
+    field: str
+    wrong: str
+    right: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.wrong} {self.right}"
+
+
+class Recipe(Strict):
+    """The whole plan. Same recipe, model and protocol: same digest."""
+
+    schema_version: Whole = SCHEMA_VERSION
+    model: str
+    seed: Whole = 0
+    calibration: Calibration = Calibration()
+    schemes: list[SchemeLine] = Field(default_factory=list)
+    embedding: EmbeddingScheme | None = None
+    head: EmbeddingScheme | None = None  # only for models whose head is not tied
+    structure: Structure = Structure()
+    kv_cache: KVCache | None = None
+    stages: list[Stage] = Field(default_factory=list)
+    measure: Measure = Measure()
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Recipe":
+        """Check plain values. Raises InputError that names the field; older schema versions are migrated first."""
+        try:
+            return cls.model_validate(migrate(values))
+        except ValidationError as error:
+            raise InputError("This recipe cannot be used.", _explain(error), "Correct the named fields and try again.") from None
+
+    @classmethod
+    def from_text(cls, text: str) -> "Recipe":
+        """Parse YAML. Raises InputError for text that is no YAML mapping or is larger than 1 MB."""
+        if len(text) > MAX_YAML_BYTES:
+            why = f"It has {len(text):,} characters; the limit is {MAX_YAML_BYTES:,}."
+            raise InputError("The recipe is too large.", why, "A recipe is a page of YAML.")
+        try:
+            values = yaml.load(text, _YAML_LOADER)
+        except yaml.YAMLError as error:
+            raise InputError("The recipe is not valid YAML.", " ".join(str(error).split()), "Check the indentation near that line.") from None
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Recipe":
+        """Read a recipe file. Raises InputError when it is absent or wrong."""
+        try:
+            text = Path(path).read_text(encoding="utf8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"The recipe {path} cannot be read.", f"{error}.", "Give the path of a YAML file.") from None
+        return cls.from_text(text)
+
+    def to_yaml(self) -> str:
+        """YAML that `from_text` reads back to an equal recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=100)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, unset parts left out."""
+        return self.model_dump(exclude_none=True, mode="json")
+
+    def digest(self) -> str:
+        """Stable hash of all that decides the result; 16 hex digits."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def dropped_blocks(self, anatomy: Anatomy) -> list[int]:
+        """The block numbers that `structure` removes, sorted. Raises InputError for a selector that is not understood."""
+        wanted = self.structure.drop_blocks
+        return sorted(set(wanted)) if isinstance(wanted, list) else sorted(chosen_blocks(wanted, anatomy.blocks))
+
+    def resolve(self, anatomy: Anatomy) -> dict[str, Scheme]:
+        """The scheme of every block linear that stays, by layer name, in the order in which the layers run."""
+        gone = set(self.dropped_blocks(anatomy))
+        made: dict[tuple[int, ...], Scheme] = {}  # layers that the same lines point at share one scheme: screens resolve at every move of a slider
+        found = {}
+        for part in anatomy.linears:
+            if part.block not in gone:
+                lines = tuple(number for number, line in enumerate(self.schemes) if matches(line.match, part, anatomy.blocks))
+                if lines not in made:
+                    made[lines] = self._scheme_of(lines)
+                found[part.name] = made[lines]
+        return found
+
+    def _scheme_of(self, lines: tuple[int, ...]) -> Scheme:
+        weights: dict[str, Any] | None = None
+        rest: dict[str, Any] = {"sparsity": None, "rank": None}
+        for line in (self.schemes[number] for number in lines):
+            if line.weights == "dense":
+                weights = None
+            elif line.weights is not None:
+                weights = {**(weights or {}), **line.weights.model_dump(exclude_none=True)}
+            for field in rest:
+                value = getattr(line, field)
+                rest[field] = None if value == "dense" else value if value is not None else rest[field]
+        return Scheme(weights=WeightScheme(**weights) if weights and "bits" in weights else None, **rest)
+
+    def validate_for(self, anatomy: Anatomy) -> list[Problem]:
+        """Everything in the recipe that does not fit this model; empty when it can run. Methods are checked by `engine.methods`."""
+        return [*self._pattern_problems(anatomy), *self._group_problems(anatomy), *self._structure_problems(anatomy)]
+
+    def _pattern_problems(self, anatomy: Anatomy) -> list[Problem]:
+        lines = [(f"schemes[{i}].match", line.match) for i, line in enumerate(self.schemes)]
+        lines += [(f"stages[{i}].targets", stage.targets) for i, stage in enumerate(self.stages)]
+        found = []
+        for field, pattern in lines:
+            wrong = pattern_problem(pattern, anatomy)
+            if wrong:
+                found.append(Problem(field=field, wrong=wrong, right="Use names, globs, role:… or blocks:…; the model card lists the layers."))
+        return found
+
+    def _group_problems(self, anatomy: Anatomy) -> list[Problem]:
+        found = []
+        if any(problem.field.startswith("schemes") for problem in self._pattern_problems(anatomy)) or self._structure_problems(anatomy):
+            return []
+        for name, scheme in self.resolve(anatomy).items():
+            for wrong, right in _shape_problems(scheme, anatomy.by_name[name].in_features):
+                found.append(Problem(field=f"schemes ({name})", wrong=wrong, right=right))
+        return found[:20]
+
+    def _structure_problems(self, anatomy: Anatomy) -> list[Problem]:
+        try:
+            gone = self.dropped_blocks(anatomy)
+        except InputError as error:
+            return [Problem(field="structure.drop_blocks", wrong=error.what, right=error.remedy)]
+        outside = [block for block in gone if not 0 <= block < anatomy.blocks]
+        if outside:
+            return [Problem(field="structure.drop_blocks", wrong=f"The model has no block {outside[0]}.", right=f"Blocks are 0 to {anatomy.blocks - 1}.")]
+        if len(gone) == anatomy.blocks:
+            return [Problem(field="structure.drop_blocks", wrong="Every block would be dropped.", right="Leave at least one.")]
+        if self.head is not None and anatomy.tied:
+            return [Problem(field="head", wrong="This model's head is tied to its embedding.", right="Set `embedding` instead.")]
+        return []
+
+
+def _shape_problems(scheme: Scheme, width: int) -> list[tuple[str, str]]:
+    """What of a scheme does not fit rows of `width` inputs: (what is wrong, what would be right)."""
+    found = []
+    if scheme.weights and scheme.weights.group_size > width:
+        found.append((f"group_size {scheme.weights.group_size} is larger than the {width} inputs of a row.", f"Use at most {width}, or 'row'."))
+    if scheme.sparsity and scheme.sparsity.pattern == "2:4":
+        if width % 4:
+            found.append((f"2:4 needs rows of a multiple of 4 inputs; this one has {width}.", "Use pattern: unstructured."))
+        if scheme.sparsity.ratio not in (0.0, 0.5):
+            found.append((f"2:4 is a ratio of 0.5; the recipe says {scheme.sparsity.ratio}.", "Set ratio: 0.5."))
+    return found
+
+
+def migrate(values: Any) -> Any:
+    """Bring an older schema to this one. Raises InputError for a newer version or a value that is no mapping."""
+    if not isinstance(values, dict):
+        raise InputError("The recipe is not a mapping of fields.", f"It is {type(values).__name__}.", "Start with `model:` and `schemes:`.")
+    version = values.get("schema_version", SCHEMA_VERSION)
+    if isinstance(version, int) and not isinstance(version, bool):
+        if version > SCHEMA_VERSION:
+            raise InputError(f"This recipe has schema version {version}.", f"This Bitpress reads versions up to {SCHEMA_VERSION}.", "Update Bitpress.")
+        if version < 0:
+            raise InputError(f"There is no recipe schema version {version}.", "", f"Write schema_version: {SCHEMA_VERSION}.")
+        for old in range(version, SCHEMA_VERSION):
+            values = MIGRATIONS[old](values)
+    return values
+
+
+def _version_0(values: dict[str, Any]) -> dict[str, Any]:
+    """Version 0 wrote `layers: {pattern: bits}` and had no stages."""
+    rest, layers = {key: value for key, value in values.items() if key != "layers"}, values.get("layers") or {}
+    if not isinstance(layers, dict):
+        raise InputError("layers: is not a mapping.", f"It is {type(layers).__name__}.", "Write a pattern and its bits on each line.")
+    lines = [{"match": pattern, "weights": {"bits": bits}} for pattern, bits in layers.items()]
+    return {**rest, "schema_version": 1, "schemes": lines, "stages": [{"method": "rtn"}]}
+
+
+MIGRATIONS = {0: _version_0}
+
+
+PLAIN_WORDS = {
+    "extra_forbidden": "is not a field of a recipe",
+    "model_type": "needs fields of its own, such as bits: 4, or the word dense where the field allows it",
+    "missing": "is missing",
+}
+
+
+def _explain(error: ValidationError) -> str:
+    """One sentence a field: where, what was found, what is wrong."""
+    told: dict[str, str] = {}
+    for item in sorted(error.errors(), key=lambda item: item["type"] == "literal_error"):
+        where = _place(item["loc"])
+        # "dense" is one branch of a union: when the other branch already said what is wrong inside it, its refusal is noise.
+        if item["type"] == "literal_error" and any(place.startswith(where + ".") for place in told):
+            continue
+        text = PLAIN_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
+        told.setdefault(where or "recipe", text)
+    return "; ".join(f"{where}: {text}" for where, text in told.items()) + "."
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """`schemes[0].weights.bits`; the names of union branches are Python classes that say nothing to a person."""
+    named = [step for step in loc if isinstance(step, int) or not (step[:1].isupper() or step.startswith("literal"))]
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in named).lstrip(".")

@@ -1,0 +1,64 @@
+"""What methods may know about the inputs of a layer: running sums over the rows that reach it. Knows rows; refuses to know models.
+
+A statistic is a small class with a name, `add` and `result`; a new one is one more class in `STATISTICS`. Sums are kept
+in float64: a float32 sum of a million squares loses the digits that a solver needs.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Statistic(Protocol):
+    """Accumulates rows x_MK (M rows of K inputs) and gives one tensor."""
+
+    def add(self, x_MK: Tensor) -> None: ...
+
+    def result(self) -> Tensor: ...
+
+
+class SecondMoment:
+    """E[x_j^2] of every input j: float64 [K]."""
+
+    def __init__(self) -> None:
+        self.total_K: Tensor | None = None
+        self.rows = 0
+
+    def add(self, x_MK: Tensor) -> None:
+        """Add the squares of M rows."""
+        squares_K = x_MK.float().square().sum(dim=0, dtype=torch.float64)
+        self.total_K = squares_K if self.total_K is None else self.total_K.add_(squares_K)
+        self.rows += len(x_MK)
+
+    def result(self) -> Tensor:
+        """The mean square of each input. Raises ValueError when no row came."""
+        return _mean(self.total_K, self.rows)
+
+
+class Gram:
+    """E[x_i x_j] of every pair of inputs: float64 [K, K]. Products are of float32 rows, a batch at a time."""
+
+    def __init__(self) -> None:
+        self.total_KK: Tensor | None = None
+        self.rows = 0
+
+    def add(self, x_MK: Tensor) -> None:
+        """Add the outer products of M rows."""
+        rows = x_MK.float()
+        products_KK = (rows.t() @ rows).double()
+        self.total_KK = products_KK if self.total_KK is None else self.total_KK.add_(products_KK)
+        self.rows += len(x_MK)
+
+    def result(self) -> Tensor:
+        """The mean product of each pair. Raises ValueError when no row came."""
+        return _mean(self.total_KK, self.rows)
+
+
+STATISTICS: dict[str, type[SecondMoment] | type[Gram]] = {"second_moment": SecondMoment, "gram": Gram}
+
+
+def _mean(total: Tensor | None, rows: int) -> Tensor:
+    if total is None:
+        raise ValueError("no rows were added")
+    return total / rows

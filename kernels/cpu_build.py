@@ -1,0 +1,97 @@
+"""Builds the C++ kernels on first use and keeps the library. Knows compilers and a cache folder; knows no format.
+
+Having no compiler is never an error: `library()` then returns None and `why_not()` says the reason that the screens show.
+"""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_lowbit.cpp", "cpu_step.cpp"))
+HEADERS = (Path(__file__).with_name("cpu_bf16.h"),)
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
+BUILD_SECONDS = 180
+_reason = ""
+_building = threading.Lock()
+
+
+def why_not() -> str:
+    """Why there is no compiled library on this machine; empty while there is one."""
+    return _reason
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, built when the cache has none for this source, compiler and processor; None when that fails.
+
+    A build takes some ten seconds, once a machine; other threads that ask meanwhile wait for it.
+    """
+    with _building:
+        return _library()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    global _reason
+    try:
+        return _declare(ctypes.CDLL(str(_built())))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", "") or str(error)
+        _reason = f"the C++ kernels are not available: {' '.join(str(detail).split())[:200]}"
+        return None
+
+
+def _built() -> Path:
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if os.environ.get("BITPRESS_NO_COMPILER") or compiler is None:
+        raise OSError("no C++ compiler was found (install g++ to get them)")
+    target = _cache_dir() / f"lowbit-{_digest(compiler)}.so"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:  # one build at a time, in whatever process
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _compile(compiler, target)
+    return target
+
+
+def _cache_dir() -> Path:
+    home = os.environ.get("BITPRESS_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".local" / "share" / "bitpress") / "kernels"
+
+
+def _digest(compiler: str) -> str:
+    """Changes with the source, the flags, the compiler and the processor's features, so that a copied home is never run on another machine."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+    features = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")][:1] if Path("/proc/cpuinfo").exists() else []
+    parts = (*(path.read_text() for path in SOURCES + HEADERS), *FLAGS, version, platform.machine(), *features)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: str, target: Path) -> None:
+    """Write the library whole or not at all."""
+    handle, partial = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    try:
+        subprocess.run([compiler, *FLAGS, "-o", partial, *map(str, SOURCES)], capture_output=True, text=True, timeout=BUILD_SECONDS, check=True)
+        Path(partial).replace(target)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    address, number, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+    lib.bitpress_linear.argtypes = [address, address, *[number] * 6, address, address, address, address, number]
+    lib.bitpress_linear.restype = number
+    lib.bitpress_rms_norm.argtypes = [address, address, address, number, real]
+    lib.bitpress_attend_one.argtypes = [*[address] * 5, *[number] * 5, real, number]
+    lib.bitpress_gated_silu.argtypes = [address, address, number]
+    for silent in (lib.bitpress_rms_norm, lib.bitpress_attend_one, lib.bitpress_gated_silu):
+        silent.restype = None
+    return lib

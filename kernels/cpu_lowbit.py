@@ -1,0 +1,99 @@
+"""Low-bit linear layers on the project's own C++ kernels: tile layout in, rows of activations through. Knows no model.
+
+The layout and the arithmetic are described at the head of `cpu_lowbit.cpp`. Activations are rounded to 15-bit integers, one
+scale a weight group; weights, scales and zeros are used as stored. Results differ from the float64 reference by less than a
+bfloat16 matmul does; a row with NaN or infinity comes out NaN.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitpress.kernels import cpu_build
+from bitpress.kernels.formats import PackedTensor, unpack_codes
+
+TILE, CHUNK, QUADS = 16, 32, 8
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A (outputs, inputs) matrix in tile layout. codes uint8, scales bf16 (tiles, groups, 16), zeros uint8 like scales or None."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    group: int
+    shape: tuple[int, int]
+
+    def matmul(self, x_MK: Tensor) -> Tensor:
+        """x_MK: bfloat16 or float32. Returns [M, N] in its dtype."""
+        return linear(x_MK, self)
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes."""
+        return sum(part.nbytes for part in (self.codes, self.scales, self.zeros) if part is not None)
+
+
+def refusal(bits: int, group_size: int, in_features: int) -> str:
+    """Why these kernels cannot take a matrix; empty when they can. A last group may be short."""
+    if bits not in PLANES:
+        return f"the C++ kernels have no {bits}-bit path"
+    if group_size % CHUNK and 0 < group_size < in_features:
+        return f"the C++ kernels take groups of a multiple of {CHUNK}, not {group_size}"
+    return "" if cpu_build.library() else cpu_build.why_not() or "the C++ kernels are not available"
+
+
+def tiles_of(packed: PackedTensor) -> Tiles:
+    """A stored matrix in tile layout."""
+    codes_NK = unpack_codes(packed.tensors["codes"], packed.layout.bits, packed.shape[1])
+    return tile(codes_NK, packed.tensors["scales"], packed.zeros_NG, packed.layout.bits, packed.layout.group_size)
+
+
+def tile(codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bits: int, group_size: int) -> Tiles:
+    """Lay out codes (N, K) uint8, scales (N, G) and zeros (N, G) for the kernels. `group_size` 0 is the whole row."""
+    outputs, inputs = codes_NK.shape
+    padded = -(-inputs // CHUNK) * CHUNK
+    group = padded if group_size == 0 or group_size >= inputs else group_size
+    codes = torch.nn.functional.pad(codes_NK, (0, padded - inputs, 0, -outputs % TILE))
+    quads = codes.view(-1, TILE, padded // CHUNK, QUADS, 4).permute(0, 2, 3, 1, 4).reshape(-1, padded // CHUNK, QUADS, TILE * 4)
+    zeros = None if zeros_NG is None else _by_tile(zeros_NG.to(torch.uint8))
+    return Tiles(_planes(quads, bits), _by_tile(scales_NG.to(torch.bfloat16)), zeros, bits, group, (outputs, inputs))
+
+
+def _by_tile(values_NG: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(values_NG, (0, 0, 0, -values_NG.shape[0] % TILE))
+    return padded.view(-1, TILE, padded.shape[1]).transpose(1, 2).contiguous()
+
+
+def _planes(quads: Tensor, bits: int) -> Tensor:
+    """Bit planes of quads (tiles, chunks, 8, 64): each plane packs 8 / width quads into a byte."""
+    parts, low = [], 0
+    for width in PLANES[bits]:
+        plane = (quads >> low) & ((1 << width) - 1)
+        loads = plane.view(*quads.shape[:2], QUADS * width // 8, 8 // width, TILE * 4)
+        shifts = torch.arange(8 // width, dtype=torch.uint8)[:, None] * width
+        parts.append((loads << shifts).sum(-2, dtype=torch.uint8))
+        low += width
+    return torch.cat(parts, 2).contiguous()
+
+
+def linear(x: Tensor, tiles: Tiles, bias: Tensor | None = None) -> Tensor:
+    """x (..., inputs) in bf16 or fp32 times the matrix: (..., outputs) in x's dtype. `bias` must be float32."""
+    lib = cpu_build.library()
+    if lib is None:
+        raise RuntimeError(cpu_build.why_not())
+    outputs, inputs = tiles.shape
+    if x.dtype not in (torch.bfloat16, torch.float32) or x.shape[-1] != inputs:
+        raise ValueError(f"The C++ kernels take bf16 or fp32 rows of {inputs}; got {x.dtype} of {x.shape[-1]}.")
+    rows = x.reshape(-1, inputs).contiguous()
+    out = torch.empty(rows.shape[0], outputs, dtype=x.dtype)
+    lib.bitpress_linear(
+        rows.data_ptr(), out.data_ptr(), x.dtype == torch.bfloat16, rows.shape[0], inputs, outputs, tiles.bits, tiles.group,
+        tiles.codes.data_ptr(), tiles.scales.data_ptr(), 0 if tiles.zeros is None else tiles.zeros.data_ptr(),
+        0 if bias is None else bias.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], outputs)

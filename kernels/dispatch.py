@@ -1,0 +1,98 @@
+"""Which kernel multiplies a packed matrix, and why not a faster one. Knows layouts, shapes and what this machine can do; holds no weights.
+
+`choose` is a list of questions asked from the fastest kernel down. A kernel that cannot take a matrix says so in words, and
+the words of the fastest one that had to be passed over become the reason.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from bitpress.kernels import cpu, cpu_lowbit
+from bitpress.kernels.layout import UniformLayout
+
+LOWBIT, INT4, INT4_SPLIT, INT8, DEQUANTIZE = "C++ low-bit", "int4 pack", "int4 pack, two nibbles", "int8 pack", "dequantize"
+# Rows of activations up to which the pack ops beat dequantise and multiply. A row costs them 0.04 ns a weight and dequantising
+# costs 1.6 ns a weight once (one AVX-512 core at 2.5 GHz), so the crossover lies near 64 for every width.
+PACK_MAX_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Choice:
+    """kernel: what runs. reason: why this one and why not a faster one, in a sentence for people."""
+
+    kernel: str
+    reason: str
+
+
+def choose(layout: UniformLayout, shape: tuple[int, int], device: torch.device | str, dtype: torch.dtype, batch: int) -> Choice:
+    """The kernel for activations [batch, K] of `dtype` times a packed matrix of `shape` (N, K) on `device`."""
+    slow = _refuse_lowbit(layout, shape, torch.device(device).type, dtype, batch)
+    if slow is None:
+        return Choice(LOWBIT, f"C++ kernel: reads {layout.bits}-bit codes as they are and multiplies in integers")
+    choice = _choose_ready(layout, shape, device, dtype, batch)
+    return Choice(choice.kernel, f"{choice.reason}; {slow}" if torch.device(device).type == "cpu" else choice.reason)
+
+
+def _choose_ready(layout: UniformLayout, shape: tuple[int, int], device: torch.device | str, dtype: torch.dtype, batch: int) -> Choice:
+    """The best of what torch brings."""
+    refusal = _refuse_activations(torch.device(device).type, dtype, batch)
+    if refusal:
+        return Choice(DEQUANTIZE, f"dequantise and multiply: {refusal}")
+    if layout.bits == 8 and layout.symmetric and layout.groups(shape[1]) == 1:
+        refusal = _refuse_int8(shape)
+        if refusal is None:
+            return Choice(INT8, "int8 pack op: one scale a row is what it takes")
+    else:
+        refusal = _refuse_int4(layout, shape)
+        if refusal is None:
+            return _int4(layout)
+    return Choice(DEQUANTIZE, f"dequantise and multiply: {refusal}")
+
+
+def _refuse_lowbit(layout: UniformLayout, shape: tuple[int, int], device: str, dtype: torch.dtype, batch: int) -> str | None:
+    """Why the project's C++ kernels do not take this product, or None."""
+    if device != "cpu":
+        return f"the C++ kernels run on a CPU, not on {device}"
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"the C++ kernels take bfloat16 and float32 inputs, not {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.bfloat16 and batch > PACK_MAX_BATCH:
+        return f"above {PACK_MAX_BATCH} rows a bfloat16 matmul is faster than the C++ kernels"
+    return cpu_lowbit.refusal(layout.bits, layout.group_size, shape[1]) or None
+
+
+def _refuse_activations(device: str, dtype: torch.dtype, batch: int) -> str | None:
+    """Why no pack op takes these activations, or None."""
+    if device != "cpu":
+        return f"there is no packed kernel for {device} yet"
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "the pack ops are fast with AVX2 or AVX-512 only"
+    if dtype != torch.bfloat16:
+        return f"no ready kernel takes {str(dtype).removeprefix('torch.')} inputs at speed, only bfloat16"
+    if batch > PACK_MAX_BATCH:
+        return f"above {PACK_MAX_BATCH} rows of inputs the pack ops are slower"
+    return None
+
+
+def _refuse_int8(shape: tuple[int, int]) -> str | None:
+    if shape[1] % cpu.INT8_LANE:
+        return f"the int8 pack op takes inputs in multiples of {cpu.INT8_LANE}, not {shape[1]}"
+    return None
+
+
+def _refuse_int4(layout: UniformLayout, shape: tuple[int, int]) -> str | None:
+    rows, columns = shape
+    if rows % cpu.INT4_ROWS:
+        return f"the int4 pack op takes outputs in multiples of {cpu.INT4_ROWS}, not {rows}"
+    if cpu.int4_group(layout, columns) is None:
+        return f"groups of {layout.group_size} do not split into the int4 pack op's groups of 32, 64, 128 or 256"
+    return None
+
+
+def _int4(layout: UniformLayout) -> Choice:
+    if layout.bits == 4:
+        return Choice(INT4, "int4 pack op: the ready kernel for 4-bit codes")
+    if layout.bits < 4:
+        return Choice(INT4, f"int4 pack op: {layout.bits}-bit codes sit in 4-bit slots in memory, so they are no faster than 4 bits")
+    why = f"no ready kernel takes {layout.bits}-bit codes with these groups, so they cost two 4-bit reads"
+    return Choice(INT4_SPLIT, f"int4 pack op on high and low nibbles: {why}")

@@ -1,0 +1,150 @@
+"""Packed weights: codes of 2 to 8 bits as a bit stream a row, bfloat16 scales, integer zeros. Knows bytes; multiplies nothing.
+
+A code stands for `(code - zero) * scale`. Symmetric layouts store no zeros: theirs is 2**(bits - 1). Shape letters: N
+outputs, K inputs, G groups a row. Bit streams are little-endian, also inside the lanes that unpack them, so this module
+assumes a little-endian machine (all that torch runs on today).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitpress.kernels.layout import BITS, UniformLayout
+
+# Codes are spread in *lanes*: an integer that holds `codes` of them in `bytes` bytes before, and in one byte each after.
+LANES = {2: (4, 1, torch.int32), 3: (8, 3, torch.int64), 4: (2, 1, torch.int16), 5: (8, 5, torch.int64), 6: (4, 3, torch.int32)}
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A matrix in its canonical, stored form.
+
+    layout: how. shape: (N, K). tensors: "codes" uint8 [N, ceil(K * bits / 8)], "scales" bfloat16 [N, G] and, unless
+    symmetric, "zeros" uint8 [N, ceil(G * bits / 8)].
+    """
+
+    layout: UniformLayout
+    shape: tuple[int, int]
+    tensors: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes; equal to `layout.nbytes(N, K)`."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    @property
+    def zeros_NG(self) -> Tensor | None:
+        """Unpacked zeros, uint8 [N, G]; None for a symmetric layout."""
+        if self.layout.symmetric:
+            return None
+        return unpack_codes(self.tensors["zeros"], self.layout.bits, self.layout.groups(self.shape[1]))
+
+    def rows(self, start: int, stop: int) -> "PackedTensor":
+        """Rows start:stop as views of the same storage."""
+        return PackedTensor(self.layout, (stop - start, self.shape[1]), {name: tensor[start:stop] for name, tensor in self.tensors.items()})
+
+    def take(self, rows: Tensor) -> "PackedTensor":
+        """A copy of the named rows, in that order. rows: integer [R]."""
+        return PackedTensor(self.layout, (len(rows), self.shape[1]), {name: tensor[rows] for name, tensor in self.tensors.items()})
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in BITS:
+        raise ValueError(f"No format has codes of {bits} bits; known: {', '.join(map(str, BITS))}.")
+
+
+def _halvings(bits: int, codes: int) -> list[tuple[int, int, int]]:
+    """(low mask, high mask, shift) of each step that splits fields of a lane in two, from the whole lane to single codes."""
+    steps, fields = [], 1
+    while fields < codes:
+        half = codes // fields // 2  # codes in half a field
+        room, width = 8 * half, bits * half
+        low = sum(((1 << width) - 1) << (2 * room * field) for field in range(fields))
+        steps.append((low, low << width, room - width))
+        fields *= 2
+    return steps
+
+
+def pack_codes(codes_NK: Tensor, bits: int) -> Tensor:
+    """Codes as a little-endian bit stream a row, each row starting on a byte.
+
+    codes_NK: uint8 [N, K], each below 2**bits. Returns uint8 [N, ceil(K * bits / 8)]. Raises ValueError for a width that no format has.
+    """
+    _check_bits(bits)
+    if bits == 8:
+        return codes_NK.clone(memory_format=torch.contiguous_format)
+    per_lane, lane_bytes, lane = LANES[bits]
+    rows, columns = codes_NK.shape
+    lanes = ceil(columns / per_lane)
+    field = F.pad(codes_NK, (0, lanes * per_lane - columns)).contiguous().view(-1).view(lane)
+    for low, high, shift in reversed(_halvings(bits, per_lane)):
+        field = (field & low) | ((field >> shift) & high)
+    stream = field.view(torch.uint8).view(rows, lanes, per_lane)[..., :lane_bytes].reshape(rows, lanes * lane_bytes)
+    return stream[:, : ceil(columns * bits / 8)].contiguous()
+
+
+def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of `pack_codes`. packed: uint8 [N, ceil(K * bits / 8)]. Returns uint8 [N, K], possibly a view. Raises ValueError as it does."""
+    _check_bits(bits)
+    if bits == 8:
+        return packed
+    per_lane, lane_bytes, lane = LANES[bits]
+    rows, lanes = len(packed), ceil(columns / per_lane)
+    if packed.shape[1] != lanes * lane_bytes:
+        packed = F.pad(packed, (0, lanes * lane_bytes - packed.shape[1]))
+    field = packed.to(lane) if lane_bytes == 1 else F.pad(packed.reshape(rows, lanes, lane_bytes), (0, per_lane - lane_bytes)).view(lane)
+    for low, high, shift in _halvings(bits, per_lane):
+        field = (field & high).bitwise_left_shift_(shift).bitwise_or_(field.bitwise_and_(low))
+    return field.view(torch.uint8).view(rows, lanes * per_lane)[:, :columns]
+
+
+def pack(codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, layout: UniformLayout) -> PackedTensor:
+    """Codes, scales and zeros in their stored form.
+
+    codes_NK: integers below 2**bits. scales_NG: already rounded to bfloat16 (any float type that holds them exactly), since what is
+    stored must be what the codes were rounded on. zeros_NG: integers below 2**bits, None when the layout is symmetric.
+    Raises ValueError when shapes, ranges or the scales' precision do not fit.
+    """
+    rows, columns = codes_NK.shape
+    groups, scales = layout.groups(columns), scales_NG.to(torch.bfloat16)
+    if tuple(scales_NG.shape) != (rows, groups):
+        raise ValueError(f"Scales of shape {tuple(scales_NG.shape)} do not fit {rows} rows of {groups} groups.")
+    if (zeros_NG is None) != layout.symmetric:
+        raise ValueError("A symmetric layout takes no zeros and an asymmetric one needs them.")
+    if not torch.equal(scales.to(scales_NG.dtype), scales_NG) and not scales_NG.isnan().any():
+        raise ValueError("Scales must be rounded to bfloat16 before weights are rounded on them.")
+    tensors = {"codes": pack_codes(_as_codes(codes_NK, layout.bits), layout.bits), "scales": scales.contiguous()}
+    if zeros_NG is not None:
+        tensors["zeros"] = pack_codes(_as_codes(zeros_NG, layout.bits), layout.bits)
+    return PackedTensor(layout, (rows, columns), tensors)
+
+
+def _as_codes(values: Tensor, bits: int) -> Tensor:
+    """Values as uint8, after checking that each is a code of `bits` bits: a stray one would spill into its neighbours."""
+    if values.numel() and not (int(values.min()) >= 0 and int(values.max()) < 2**bits):
+        raise ValueError(f"Codes of {bits} bits lie in 0..{2**bits - 1}; found {int(values.min())}..{int(values.max())}.")
+    return values.to(torch.uint8)
+
+
+def join_rows(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors stacked along the first axis: a view when they already lie one after the other in one storage, else a copy."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        together = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and part.data_ptr() == end
+        if not (together and part.is_contiguous() and part.dtype == first.dtype):
+            return torch.cat(tuple(parts))
+        end += part.numel() * part.element_size()
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+
+
+def concat(parts: Sequence[PackedTensor]) -> PackedTensor:
+    """Matrices with the same inputs and layout, one below the other (q, k, v or gate, up as one). Raises ValueError otherwise."""
+    layout, columns = parts[0].layout, parts[0].shape[1]
+    if any(part.layout != layout or part.shape[1] != columns for part in parts):
+        raise ValueError("Only matrices with the same layout and number of inputs can be joined.")
+    tensors = {name: join_rows([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+    return PackedTensor(layout, (sum(part.shape[0] for part in parts), columns), tensors)

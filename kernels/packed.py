@@ -1,0 +1,172 @@
+"""Layers whose weights really are packed codes. Know how to multiply and to look up; not how the codes were chosen.
+
+The canonical tensors are the truth: they are what is stored, counted and dequantised. A kernel's own layout is built from
+them when a small batch first needs it, and forgotten when the layer moves.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from bitpress.kernels import cpu, cpu_lowbit, dispatch
+from bitpress.kernels.formats import PackedTensor, concat
+
+Form = cpu.Form | cpu_lowbit.Tiles
+FORMS: dict[str, Callable[[PackedTensor], Form]] = {
+    dispatch.LOWBIT: cpu_lowbit.tiles_of,
+    dispatch.INT4: cpu.int4_form,
+    dispatch.INT4_SPLIT: cpu.int4_form,
+    dispatch.INT8: cpu.int8_form,
+}
+NAMES = ("codes", "scales", "zeros")
+
+
+class _Packed(nn.Module):
+    """Canonical tensors as buffers that move between devices and are never cast: their types are the format."""
+
+    codes: Tensor
+
+    def __init__(self, packed: PackedTensor) -> None:
+        super().__init__()
+        self.layout, self.shape = packed.layout, packed.shape
+        for name in NAMES:
+            self.register_buffer(name, packed.tensors.get(name))
+
+    @property
+    def packed(self) -> PackedTensor:
+        """The canonical form; shares this layer's storage."""
+        return PackedTensor(self.layout, self.shape, {name: tensor for name in NAMES if (tensor := self._buffers[name]) is not None})
+
+    @property
+    def stored_bytes(self) -> int:
+        """Canonical bytes of codes, scales and zeros; a bias is dense and counted elsewhere."""
+        return self.packed.nbytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that the layer holds in memory now, a kernel's own layout included."""
+        return self.stored_bytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix that the codes stand for, [N, K]."""
+        return cpu.dequantize(self.packed, dtype)
+
+    def hold(self, packed: PackedTensor) -> None:
+        """Keep these tensors instead: the same values in another storage (rows of a joined matrix)."""
+        for name, tensor in packed.tensors.items():
+            self._buffers[name] = tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = self.packed.tensors
+        super()._apply(fn, recurse)
+        device = self.codes.device  # integers: `fn` can move them but not cast them
+        for name, tensor in kept.items():
+            self._buffers[name] = tensor.to(device)
+        return self
+
+
+class PackedLinear(_Packed):
+    """y = x W^T + b with W packed. packed: W of shape (N, K). bias: [N] or None. Same inputs, same bits out."""
+
+    def __init__(self, packed: PackedTensor, bias: Tensor | None = None) -> None:
+        super().__init__(packed)
+        self.out_features, self.in_features = packed.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._form: tuple[str, Form] | None = None
+        self._kernels: dict[tuple[int, torch.dtype], str] = {}  # a decode step asks thousands of times
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., K] in a float type. Returns [..., N] in the same type."""
+        x_MK = x.reshape(-1, self.in_features).contiguous()
+        if not len(x_MK):
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        kernel = self._kernels.get((len(x_MK), x.dtype)) or self._choose(len(x_MK), x.dtype)
+        y_MN = cpu.dequantized_matmul(x_MK, self.packed) if kernel == dispatch.DEQUANTIZE else self.form(kernel).matmul(x_MK)
+        if self.bias is not None:
+            y_MN = y_MN + self.bias.to(y_MN.dtype)
+        return y_MN.view(*x.shape[:-1], self.out_features)
+
+    def _choose(self, batch: int, dtype: torch.dtype) -> str:
+        return self._kernels.setdefault((batch, dtype), self.kernel_for(batch, dtype).kernel)
+
+    def kernel_for(self, batch: int, dtype: torch.dtype = torch.bfloat16) -> dispatch.Choice:
+        """What runs for activations [batch, K] of this type, and why."""
+        return dispatch.choose(self.layout, self.shape, self.codes.device, dtype, batch)
+
+    @property
+    def kernel(self) -> str:
+        """What runs in decoding: one row of bfloat16 activations."""
+        return self.kernel_for(1).kernel
+
+    @property
+    def reason(self) -> str:
+        """Why that kernel, and why not a faster one."""
+        return self.kernel_for(1).reason
+
+    def form(self, kernel: str) -> Form:
+        """The matrix in the layout of a kernel, built at the first call."""
+        if self._form is None or self._form[0] != kernel:
+            self._form = (kernel, FORMS[kernel](self.packed))
+        return self._form[1]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that the layer holds in memory now: canonical ones and, once a small batch was multiplied, the kernel's layout."""
+        return self.stored_bytes + (self._form[1].nbytes if self._form else 0)
+
+    def extra_repr(self) -> str:
+        """Shape and layout, for `print(model)`."""
+        return f"{self.in_features} -> {self.out_features}, {self.layout.bits} bits, group {self.layout.group_size or 'row'}, {self.kernel}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._form = None
+        self._kernels.clear()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._form = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def fuse(linears: Sequence[PackedLinear]) -> PackedLinear:
+    """One layer for several with the same inputs and layout (q, k, v; gate, up). The parts go on working as rows of its storage.
+
+    Raises ValueError when inputs, layouts or the presence of a bias differ.
+    """
+    if len({linear.bias is None for linear in linears}) > 1:
+        raise ValueError("Layers with and without a bias cannot be joined.")
+    packed = concat([linear.packed for linear in linears])
+    start = 0
+    for linear in linears:
+        linear.hold(packed.rows(start, start + linear.out_features))
+        start += linear.out_features
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    return PackedLinear(packed, torch.cat(biases) if biases else None)
+
+
+class PackedEmbedding(_Packed):
+    """An embedding of packed rows. dtype: what it returns, the type the model computes in."""
+
+    def __init__(self, packed: PackedTensor, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__(packed)
+        self.num_embeddings, self.embedding_dim = packed.shape
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: integers [...]. Returns [..., K] in `dtype`; only the named rows are dequantised."""
+        rows = cpu.dequantize(self.packed.take(ids.reshape(-1)), self.dtype)
+        return rows.view(*ids.shape, self.embedding_dim)
+
+    def head(self, bias: Tensor | None = None) -> PackedLinear:
+        """The tied output head: a layer on the same storage."""
+        return PackedLinear(self.packed, bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype  # casting the model casts what it returns
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """Shape and layout, for `print(model)`."""
+        return f"{self.num_embeddings} x {self.embedding_dim}, {self.layout.bits} bits, group {self.layout.group_size or 'row'}"

@@ -1,0 +1,69 @@
+"""The command line on real runs of the tiny model: documents with the stable keys, a stored run offered, a run continued."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitpress.engine import cli
+from bitpress.engine.recipe import Recipe
+from bitpress.engine.runs.status import change_status
+from bitpress.engine.runs.store import Store
+
+M_KEYS = {
+    "perplexity", "perplexity_low", "perplexity_high", "bytes", "bits_per_weight_linears", "bits_per_weight_model", "prefill_tokens_per_s",
+    "decode_tokens_per_s", "ttft_s", "tpot_p50_s", "tpot_p95_s", "kv_bytes_per_token", "peak_bytes", "flops_per_token", "kernels", "protocol",
+}  # fmt: skip
+
+
+@pytest.fixture
+def bitpress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str]]:
+    """Run a command with --json; gives its document and what it said on stderr."""
+
+    def run(*words: str) -> tuple[Any, str]:
+        monkeypatch.setattr(sys, "argv", ["bitpress", *words, "--json"])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        told = capsys.readouterr()
+        assert not ended.value.code, told.err
+        return json.loads(told.out), told.err
+
+    return run
+
+
+def test_compress_measure_and_generate(bitpress: Callable[..., tuple[Any, str]], tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny_recipe(measure={**tiny_recipe().measure.model_dump(), "latency": True})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    first, said = bitpress("compress", str(path))
+    assert first.keys() == {"run", "digest", "metrics"}
+    assert first["metrics"]["dense"].keys() >= M_KEYS
+    assert first["metrics"]["compressed"].keys() >= M_KEYS | {"kl_mean", "kl_p99", "same_top1"}
+    assert first["run"] in said
+
+    again, said = bitpress("compress", str(path))
+    assert again == first
+    assert "--force" in said
+
+    measured, _ = bitpress("measure", first["run"], "--text", recipe.measure.text, "--no-latency")
+    assert measured.keys() == {"run", "digest", "metrics"}
+    assert measured["metrics"]["compressed"]["bytes"] == first["metrics"]["compressed"]["bytes"]
+    assert "ttft_s" not in measured["metrics"]["dense"]
+
+    written, _ = bitpress("generate", first["run"], "--prompt", "Once upon", "--max-new", "4")
+    assert len(written["tokens"]) == 4
+    assert written["side"] == first["run"]
+
+
+def test_an_interrupted_run_is_resumed_from_the_command_line(bitpress: Callable[..., tuple[Any, str]], tiny_recipe: Callable[..., Recipe]) -> None:
+    run = Store().create("compress", {"samples": 0}, tiny_recipe())
+    change_status(run.path, lambda _: {"state": "interrupted"})
+    document, _ = bitpress("runs", "resume", run.id)
+    assert document["run"] == run.id
+    assert run.status().state == "finished"
+    listed, _ = bitpress("runs", "--kind", "compress")
+    assert [entry["state"] for entry in listed] == ["finished"]
