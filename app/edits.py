@@ -74,10 +74,10 @@ def set_weights(recipe: Recipe, pattern: str, anatomy: Anatomy, **fields: Any) -
 
 
 def set_sparsity(recipe: Recipe, pattern: str, anatomy: Anatomy, ratio: float, kind: str) -> Recipe:
-    """Set the share of zeros and their pattern; 0 removes the scheme. 2:4 is always a half."""
+    """Set the share of zeros and their pattern; 0 removes the scheme. 2:4 and 4:8 are always a half."""
     if ratio == 0:
         return _with_line(recipe, {"match": pattern, "sparsity": "dense"}, anatomy)
-    return _with_line(recipe, {"match": pattern, "sparsity": {"ratio": 0.5 if kind == "2:4" else ratio, "pattern": kind}}, anatomy)
+    return _with_line(recipe, {"match": pattern, "sparsity": {"ratio": ratio if kind == "unstructured" else 0.5, "pattern": kind}}, anatomy)
 
 
 def protect(recipe: Recipe, anatomy: Anatomy, end: str, count: int) -> Recipe:

@@ -74,6 +74,7 @@ class LayerJob:
     scheme: Scheme
     layout: Layout
     methods: tuple[tuple[LinearMethod, MethodOptions], ...]
+    joint: bool = False  # the last method also gives its second part
 
     @property
     def method(self) -> str:
@@ -83,7 +84,12 @@ class LayerJob:
     @property
     def needs(self) -> frozenset[str]:
         """Statistics of its inputs that the methods ask for."""
-        return frozenset().union(*(method.needs for method, _ in self.methods))
+        return frozenset().union(*(method.needs_for(options) for method, options in self.methods))
+
+    def asked_of(self, method: LinearMethod) -> Scheme:
+        """The scheme as a method is to see it: without the second part that a later method gives."""
+        also = method.ability.also
+        return self.scheme.model_copy(update={also: None}) if also and not self.joint else self.scheme
 
 
 def quiet(kind: str, data: dict[str, Any]) -> None:
@@ -175,13 +181,13 @@ def plan_jobs(recipe: Recipe, anatomy: Anatomy, places: dict[str, str]) -> list[
     """Every matrix that the recipe changes, block by block in the order in which they run, embedding and head last."""
     methods = [registry.linear(stage.method) for stage in recipe.stages]
     staged = [(method, method.parse(stage.options)) for method, stage in zip(methods, recipe.stages, strict=True)]
-    steps = plan_stages(recipe, anatomy, {method.name: method.ability for method in methods}).steps
+    plan = plan_stages(recipe, anatomy, {method.name: method.ability for method in methods})
     schemes = recipe.resolve(anatomy)
     jobs = []
-    for name, numbers in steps.items():
+    for name, numbers in plan.steps.items():
         if numbers:
-            layout = layout_of(schemes[name], anatomy.itemsize)
-            jobs.append(LayerJob(anatomy.by_name[name], places[name], schemes[name], layout, tuple(staged[number] for number in numbers)))
+            layout, chosen = layout_of(schemes[name], anatomy.itemsize), tuple(staged[number] for number in numbers)
+            jobs.append(LayerJob(anatomy.by_name[name], places[name], schemes[name], layout, chosen, name in plan.joint))
     ends: list[tuple[Part | None, EmbeddingScheme | None]] = [(anatomy.embedding, recipe.embedding), (anatomy.head, recipe.head)]
     return jobs + [_end_job(part, scheme) for part, scheme in ends if part and scheme]
 
@@ -199,7 +205,7 @@ def make_layer(module: nn.Module, job: LayerJob, stats: Statistics) -> StoredLay
     weight_NK = finite(dense.detach().float(), job.part.name)
     outcome = Outcome(weight_NK)
     for method, options in job.methods:
-        outcome = method.apply(outcome.weight_NK, job.scheme, stats, options)
+        outcome = method.apply(outcome.weight_NK, job.asked_of(method), stats, options)
     if outcome.codes is not None and isinstance(job.layout, UniformLayout):
         return StoredLayer(job.part.name, pack(*outcome.codes, job.layout), job.method, relative_error(weight_NK, outcome.weight_NK))
     content = outcome.weight_NK.to(dense.dtype)

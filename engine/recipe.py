@@ -18,6 +18,7 @@ from bitpress.engine.targets import chosen_blocks, matches, pattern_problem
 
 SCHEMA_VERSION = 1
 BITS = (2, 3, 4, 5, 6, 8)
+PATTERNS = ("unstructured", "2:4", "4:8")  # of zeros
 MAX_YAML_BYTES = 1 << 20
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same safe subset, eight times faster where libyaml is there
 
@@ -32,6 +33,12 @@ def _whole(value: Any) -> Any:
 def _share(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"must be a number, not {value!r}")
+    return value
+
+
+def _ratio(value: Any) -> Any:
+    if _share(value) == 1:
+        raise ValueError(f"{value!r} would leave nothing of a matrix; use at most 0.99, or drop the block under `structure`")
     return value
 
 
@@ -52,7 +59,7 @@ def _group(value: Any) -> Any:
 Bits = Annotated[int, BeforeValidator(_width)]
 GroupSize = Annotated[int, BeforeValidator(_group)]
 Whole = Annotated[int, BeforeValidator(_whole)]
-Ratio = Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(_share)]
+Ratio = Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(_ratio)]
 Keep = Annotated[float, Field(gt=0.0, le=1.0), BeforeValidator(_share)]
 
 
@@ -71,10 +78,18 @@ class WeightScheme(Strict):
 
 
 class SparsityScheme(Strict):
-    """`ratio` of the weights are zero; pattern 2:4 keeps the two largest of every four inputs."""
+    """`ratio` of the weights are zero, anywhere or, with pattern N:M, so that N of every M consecutive inputs stay."""
 
     ratio: Ratio
-    pattern: Literal["unstructured", "2:4"] = "unstructured"
+    pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
+
+    @property
+    def of_every(self) -> tuple[int, int] | None:
+        """(N, M) of a pattern N:M."""
+        if self.pattern == "unstructured":
+            return None
+        stay, of = self.pattern.split(":")
+        return int(stay), int(of)
 
 
 class RankScheme(Strict):
@@ -325,11 +340,12 @@ def _shape_problems(scheme: Scheme, width: int) -> list[tuple[str, str]]:
     found = []
     if scheme.weights and scheme.weights.group_size > width:
         found.append((f"group_size {scheme.weights.group_size} is larger than the {width} inputs of a row.", f"Use at most {width}, or 'row'."))
-    if scheme.sparsity and scheme.sparsity.pattern == "2:4":
-        if width % 4:
-            found.append((f"2:4 needs rows of a multiple of 4 inputs; this one has {width}.", "Use pattern: unstructured."))
-        if scheme.sparsity.ratio not in (0.0, 0.5):
-            found.append((f"2:4 is a ratio of 0.5; the recipe says {scheme.sparsity.ratio}.", "Set ratio: 0.5."))
+    if scheme.sparsity and scheme.sparsity.of_every:
+        pattern, (stay, of) = scheme.sparsity.pattern, scheme.sparsity.of_every
+        if width % of:
+            found.append((f"{pattern} needs rows of a multiple of {of} inputs; this one has {width}.", "Use pattern: unstructured."))
+        if scheme.sparsity.ratio not in (0.0, 1 - stay / of):
+            found.append((f"{pattern} is a ratio of {1 - stay / of:g}; the recipe says {scheme.sparsity.ratio}.", f"Set ratio: {1 - stay / of:g}."))
     return found
 
 

@@ -14,11 +14,10 @@ from bitpress.app.ui.layer_map import select, selected
 from bitpress.app.ui.overlays import bits_of, selection_parts
 from bitpress.engine.errors import BitpressError
 from bitpress.engine.model.anatomy import ATTENTION_ROLES, MLP_ROLES, Anatomy
-from bitpress.engine.recipe import BITS, Recipe, Scheme
+from bitpress.engine.recipe import BITS, PATTERNS, Recipe, Scheme
 
 WIDTHS = (*BITS, edits.DENSE_BITS)
 GROUPS = (32, 64, 128, 256, 0)
-PATTERNS = ("unstructured", "2:4")
 ALL = "All layers"
 GRID = 0.05
 
@@ -141,7 +140,7 @@ def sparsity_controls(anatomy: Anatomy, schemes: Mapping[str, Scheme]) -> None:
     def change(recipe: Recipe, _: Any) -> Recipe:
         share = st.session_state["zeros"] / 100
         wanted = st.session_state["zeros-pattern"] or PATTERNS[0]
-        return edits.set_sparsity(recipe, pattern, anatomy, 0.5 if wanted == "2:4" else share, wanted)
+        return edits.set_sparsity(recipe, pattern, anatomy, share if wanted == PATTERNS[0] else 0.5, wanted)
 
     def slide(recipe: Recipe, percent: int) -> Recipe:
         wanted = PATTERNS[0] if percent not in (0, 50) else st.session_state["zeros-pattern"] or PATTERNS[0]
@@ -154,7 +153,8 @@ def sparsity_controls(anatomy: Anatomy, schemes: Mapping[str, Scheme]) -> None:
             help="Share of weights set to zero. Stored dense until a format stores them smaller: 0 % smaller, and the card says so.",
         )  # fmt: skip
     with right:
-        st.segmented_control("Pattern", PATTERNS, key="zeros-pattern", on_change=_on("zeros-pattern", change), help="2:4 zeroes two of every four neighbours.")
+        help_text = "2:4 zeroes two of every four neighbours, 4:8 four of every eight."
+        st.segmented_control("Pattern", PATTERNS, key="zeros-pattern", on_change=_on("zeros-pattern", change), help=help_text)
 
 
 def protect_controls(anatomy: Anatomy) -> None:

@@ -10,9 +10,9 @@ import pandas as pd
 import streamlit as st
 
 from bitpress.app import edits, state
-from bitpress.app.ui.controls import PATTERNS, WIDTHS, try_edit
+from bitpress.app.ui.controls import WIDTHS, try_edit
 from bitpress.engine.model.anatomy import Anatomy
-from bitpress.engine.recipe import SchemeLine
+from bitpress.engine.recipe import PATTERNS, SchemeLine
 
 COLUMNS = {"match": "object", "bits": "Int64", "group": "Int64", "symmetric": "boolean", "zeros": "Int64", "pattern": "object"}
 PATTERN_HELP = "Names, globs, role:v, role:mlp, blocks:first2, blocks:3-5; & for and, comma for or."
@@ -45,7 +45,7 @@ def line_of(row: Mapping[str, Any]) -> dict[str, Any]:
         line["weights"] = set_weights
     if row.get("zeros") is not None:
         pattern = row.get("pattern") or PATTERNS[0]
-        line["sparsity"] = {"ratio": 0.5 if pattern == "2:4" else int(row["zeros"]) / 100, "pattern": pattern} if row["zeros"] else "dense"
+        line["sparsity"] = {"ratio": int(row["zeros"]) / 100 if pattern == PATTERNS[0] else 0.5, "pattern": pattern} if row["zeros"] else "dense"
     return line
 
 

@@ -36,7 +36,7 @@ def method_form(catalogue: Mapping[str, Any] | None) -> None:
 
 def _stage_form(number: int, stage: Stage, entries: Mapping[str, Any]) -> None:
     entry = entries[stage.method]
-    same_family = [name for name, other in entries.items() if other["family"] == entry["family"]]
+    same_family = [name for name, other in entries.items() if (other["family"], other["acts_on"]) == (entry["family"], entry["acts_on"])]
     kinds = {name: other["family"] for name, other in entries.items()}
     key = f"method-{number}"
     st.session_state[key] = stage.method

@@ -15,6 +15,7 @@ class Ability(BaseModel):
     part: Literal["weights", "sparsity", "rank"]
     bits: tuple[int, ...] = ()  # widths, for weights
     patterns: tuple[str, ...] = ()  # patterns of zeros, for sparsity
+    also: Literal["weights"] | None = None  # a second part, given in the same pass unless a later stage gives it
 
     def satisfies(self, scheme: Scheme) -> bool:
         """True when the scheme asks for this part with a value that the method has."""
@@ -26,6 +27,10 @@ class Ability(BaseModel):
         if self.part == "sparsity":
             return scheme.sparsity is not None and scheme.sparsity.pattern in self.patterns
         return True
+
+    def also_satisfies(self, scheme: Scheme) -> bool:
+        """True when the scheme asks for the second part with a value that the method has."""
+        return self.also is not None and Ability(part=self.also, bits=self.bits).satisfies(scheme)
 
 
 def wanted_parts(scheme: Scheme) -> tuple[str, ...]:

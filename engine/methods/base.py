@@ -46,6 +46,10 @@ class Method(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()  # statistics of the calibration walk
     Options: ClassVar[type[MethodOptions]] = MethodOptions
 
+    def needs_for(self, options: Any) -> frozenset[str]:
+        """The statistics it needs with these options."""
+        return self.needs
+
     def satisfies(self, scheme: Scheme) -> bool:
         """True when this method gives a layer a part of what its scheme asks for."""
         return self.ability.satisfies(scheme)

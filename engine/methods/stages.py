@@ -17,6 +17,7 @@ class Plan:
 
     steps: dict[str, list[int]] = field(default_factory=dict)
     unmet: dict[str, list[str]] = field(default_factory=dict)  # part of the scheme -> layers that no stage gives it
+    joint: set[str] = field(default_factory=set)  # layers whose last stage also gives a second part in the same pass
     idle: list[int] = field(default_factory=list)  # stages without a layer
     late: list[str] = field(default_factory=list)  # layers whose codes would be changed after they were rounded
 
@@ -34,6 +35,10 @@ def plan_stages(recipe: Recipe, anatomy: Anatomy, known: dict[str, Ability]) -> 
             if ability.part not in done and ability.satisfies(scheme):
                 steps.append(number)
                 done.append(ability.part)
+        last = known[recipe.stages[steps[-1]].method] if steps else None
+        if last and last.also and last.also not in done and last.also_satisfies(scheme):
+            plan.joint.add(name)
+            done.append(last.also)
         _leftovers(plan, name, scheme, done)
     used = {number for steps in plan.steps.values() for number in steps}
     plan.idle = [number for number in range(len(recipe.stages)) if number not in used]

@@ -21,7 +21,7 @@ from bitpress.engine.methods import registry
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import LinearMethod, Outcome, Statistics
 from bitpress.engine.model import surgery
-from bitpress.engine.model.load import Loaded
+from bitpress.engine.model.load import Loaded, compute_dtype
 from bitpress.engine.recipe import Recipe, Scheme
 from bitpress.kernels.packed import PackedEmbedding, PackedLinear
 
@@ -284,7 +284,8 @@ def test_a_method_gets_the_statistics_it_needs_from_the_compressed_prefix(in_mem
     made.model.model.layers[1].mlp.up_proj.register_forward_pre_hook(lambda _, args: heard.append(args[0]))
     logits(made.model)
     expected = heard[0].double().square().mean(dim=(0, 1))
-    assert torch.allclose(moments[3], expected, rtol=1e-4), "the last block hears the compressed one before it"
+    rounding = 1e-4 if compute_dtype() == torch.float32 else 0.05  # the walk's forwards may run in bfloat16
+    assert torch.allclose(moments[3], expected, rtol=rounding), "the last block hears the compressed one before it"
 
     shutil.copytree(tmp_path / "layers", tmp_path / "copy" / "layers")
     with pytest.raises(BitpressError, match="The calibration is not the one"):
@@ -294,3 +295,26 @@ def test_a_method_gets_the_statistics_it_needs_from_the_compressed_prefix(in_mem
 def test_no_text_is_drawn_when_no_method_needs_it(in_memory: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compressing, "calibration_set", lambda *_: pytest.fail("text was asked for"))
     compress(in_memory("llama"), recipe(**FOUR_BITS))
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_second_part_is_given_in_the_same_pass_unless_a_later_stage_gives_it(in_memory: Build, later: bool) -> None:
+    lines = [{"match": "role:mlp", "weights": {"bits": 4}, "sparsity": {"ratio": 0.5, "pattern": "2:4"}}]
+    stages = [{"method": "sparsegpt"}, *([{"method": "rtn"}] if later else [])]
+    made = compress(in_memory("llama"), recipe(schemes=lines, stages=stages), calibration=CalibrationSet("made up", 0, "sha", IDS))
+    assert {layer.method for layer in made.layers} == {"sparsegpt + rtn" if later else "sparsegpt"}
+    packed = [module for module in made.model.modules() if isinstance(module, PackedLinear)]
+    assert len(packed) == 9
+    assert all(((module.dequantize(torch.float32).view(-1, 4) == 0).sum(dim=1) >= 2).all() for module in packed)
+
+
+def test_a_repair_asks_for_its_statistics(in_memory: Build) -> None:
+    half = [{"match": "role:up", "sparsity": {"ratio": 0.5}}]
+    tokens = CalibrationSet("made up", 0, "sha", IDS)
+    plain, repaired = (
+        compress(in_memory("llama"), recipe(schemes=half, stages=[{"method": "magnitude", "options": options}]), calibration=tokens)
+        for options in ({}, {"repair": "least_squares"})
+    )
+    weights = [made.model.model.layers[0].mlp.up_proj.weight for made in (plain, repaired)]
+    assert torch.equal(weights[0] == 0, weights[1] == 0)
+    assert not torch.equal(*weights)

@@ -25,7 +25,7 @@ def optional(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, An
 
 WEIGHTS = st.one_of(st.just("dense"), optional(bits=WIDTHS, group_size=GROUPS, symmetric=st.booleans()))
 FULL_WEIGHTS = st.fixed_dictionaries({"bits": WIDTHS}, optional={"group_size": GROUPS, "symmetric": st.booleans()})
-SPARSITY = st.one_of(st.just("dense"), st.fixed_dictionaries({"ratio": RATIO}, optional={"pattern": st.sampled_from(("unstructured", "2:4"))}))
+SPARSITY = st.one_of(st.just("dense"), st.fixed_dictionaries({"ratio": RATIO}, optional={"pattern": st.sampled_from(("unstructured", "2:4", "4:8"))}))
 RANK = st.one_of(st.just("dense"), st.fixed_dictionaries({"keep": KEEP}, optional={"factors": FULL_WEIGHTS}))
 LINES = st.fixed_dictionaries({"match": PATTERNS}, optional={"weights": WEIGHTS, "sparsity": SPARSITY, "rank": RANK})
 SIDE = st.fixed_dictionaries({"bits": WIDTHS, "axis": st.sampled_from(("channel", "token"))}, optional={"group_size": GROUPS})
@@ -147,7 +147,8 @@ def test_dropped_blocks_have_no_scheme(paper: Callable[..., Anatomy]) -> None:
         ({"schemes": [{"match": "*", "sparsity": {"ratio": "0.5"}}]}, "ratio: must be a number, not '0.5'"),
         ({"schemes": [{"match": "*", "rank": {"keep": "0.5"}}]}, "keep: must be a number, not '0.5'"),
         ({"schemes": [{"match": "*", "rank": {"keep": True}}]}, "keep: must be a number, not True"),
-        ({"schemes": [{"match": "*", "sparsity": {"ratio": 0.5, "pattern": "4:8"}}]}, "sparsity.pattern"),
+        ({"schemes": [{"match": "*", "sparsity": {"ratio": 0.5, "pattern": "3:5"}}]}, "sparsity.pattern"),
+        ({"schemes": [{"match": "*", "sparsity": {"ratio": 1.0}}]}, "ratio: 1.0 would leave nothing of a matrix"),
         ({"schemes": [{"match": "*", "rank": {"keep": 0}}]}, "rank.keep"),
         ({"seed": 1.0}, "seed: must be a whole number, not 1.0"),
         ({"embedding": {"bits": 4, "group_size": 64}}, "embedding.group_size: is not a field"),

@@ -1,0 +1,99 @@
+"""SparseGPT: prune column by column, and let the columns to come make up for each loss (METHODS 16.3)."""
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from bitpress.engine.methods.ability import Ability
+from bitpress.engine.methods.base import Outcome, Statistics
+from bitpress.engine.methods.obs import BLOCK, Choose, inverse_factor, sweep
+from bitpress.engine.methods.prune.pipeline import PruneOptions, Repairing, ScoredMethod, block_for, select
+from bitpress.engine.methods.quantize.pipeline import SCALE_DTYPE, Codes, Grid, decode, encode, group_range, make_grid
+from bitpress.engine.recipe import BITS, PATTERNS, Scheme, SparsityScheme, WeightScheme
+
+
+class SparseGPTOptions(PruneOptions):
+    """With its own repair the weights to go are chosen during the sweep, within 128 columns at a time."""
+
+    repair: Repairing = Field(
+        default="obs",
+        title="Repair",
+        description="The second-order update is the method itself. With another repair its scores are taken once, of the weights as they were.",
+    )
+
+
+class SparseGPT(ScoredMethod):
+    """Score w^2 / diag(U)^2 with U the Cholesky factor of the inverse Hessian; rounds to codes in the same sweep where asked."""
+
+    name = "sparsegpt"
+    title = "SparseGPT"
+    summary = (
+        "Prunes column by column by second-order scores and lets the columns to come make up for each loss. "
+        "Needs one pass over some text and about a minute for a small model; can round the kept weights to codes in the same sweep."
+    )
+    citation = "Frantar and Alistarh 2023, SparseGPT: massive language models can be accurately pruned in one-shot, arXiv 2301.00774."
+    ability: ClassVar[Ability] = Ability(part="sparsity", patterns=PATTERNS, also="weights", bits=BITS)
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    Options = SparseGPTOptions
+
+    def score(self, weight_NK: Tensor, stats: Statistics, options: Any) -> Tensor:
+        """The loss that each weight's removal would cause, up to a factor."""
+        return (weight_NK / inverse_factor(stats["gram"], options.damp).diagonal()).square()
+
+    def apply(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: Any) -> Outcome:
+        """Prune one matrix, and round it where the scheme still asks for that."""
+        if options.repair != "obs" or scheme.sparsity is None:
+            outcome = super().apply(weight_NK, scheme, stats, options)
+            return outcome if scheme.weights is None else _round_kept(outcome.weight_NK, scheme.weights, inverse_factor(stats["gram"], options.damp))
+        factor_KK = inverse_factor(stats["gram"], options.damp)
+        weight_NK = torch.where(stats["gram"].diagonal() > 0, weight_NK, 0.0)
+        choose, span = _chooser(scheme.sparsity)
+        if scheme.weights is not None:
+            return _swept_to_codes(weight_NK, factor_KK, choose, span, scheme.weights)
+        return Outcome(sweep(weight_NK, factor_KK, choose, span))
+
+
+def _chooser(sparsity: SparsityScheme) -> tuple[Choose, int]:
+    """What decides in the sweep, and for how many columns at a time: the pattern's, or a whole block's under one threshold."""
+
+    def choose(weight_NS: Tensor, diagonal_S: Tensor, _: int) -> Tensor:
+        return select((weight_NS / diagonal_S).square(), sparsity, "layer")
+
+    return choose, sparsity.of_every[1] if sparsity.of_every else BLOCK
+
+
+def _round_kept(weight_NK: Tensor, scheme: WeightScheme, factor_KK: Tensor) -> Outcome:
+    keep_NK = weight_NK != 0
+    return _swept_to_codes(weight_NK, factor_KK, lambda weight_NS, _, at: keep_NK[:, at : at + weight_NS.shape[1]], BLOCK, scheme)
+
+
+def _swept_to_codes(weight_NK: Tensor, factor_KK: Tensor, choose: Choose, span: int, scheme: WeightScheme) -> Outcome:
+    """One sweep that prunes and rounds: the grid of a group is made of its weights as they are when the sweep reaches it."""
+    block = block_for(scheme.group_size)
+    rounding = _Rounding(weight_NK, scheme)
+    made_NK = sweep(weight_NK, factor_KK, choose, span if span < BLOCK else block, rounding, block)
+    return Outcome(made_NK, rounding.codes(made_NK))
+
+
+class _Rounding:
+    """Rounds columns to the grids of their groups. A zero is a level of every grid, so pruned weights keep their place."""
+
+    def __init__(self, weight_NK: Tensor, scheme: WeightScheme) -> None:
+        self.scheme, self.group = scheme, scheme.group_size or weight_NK.shape[1]
+        self.grids: list[Grid] = []
+
+    def __call__(self, weight_NK: Tensor, at: int) -> Tensor:
+        """The column at `at` on its grid, [N]."""
+        if at % self.group == 0:
+            self.grids.append(make_grid(*group_range(weight_NK[:, at : at + self.group]), self.scheme))
+        return decode(encode(weight_NK[:, at : at + 1], self.grids[-1]), self.grids[-1])[:, 0]
+
+    def codes(self, made_NK: Tensor) -> Codes:
+        """What is stored, of a matrix whose every weight is a level of its grid."""
+        parts = made_NK.split(self.group, dim=1)
+        codes_NK = torch.cat([encode(part, grid) for part, grid in zip(parts, self.grids, strict=True)], dim=1).to(torch.uint8)
+        scales_NG = torch.cat([grid.scale for grid in self.grids], dim=1).to(SCALE_DTYPE)
+        zeros_NG = torch.cat([grid.zero for grid in self.grids], dim=1).to(torch.uint8)
+        return Codes(codes_NK, scales_NG, None if self.scheme.symmetric else zeros_NG)

@@ -1,0 +1,34 @@
+"""Wanda: weights are judged by their size times that of what they multiply (METHODS 16.2)."""
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from bitpress.engine.methods.base import Statistics
+from bitpress.engine.methods.prune.pipeline import PruneOptions, Scope, ScoredMethod
+
+
+class WandaOptions(PruneOptions):
+    """Wanda compares within each output row."""
+
+    scope: Scope = Field(
+        default="row",
+        title="Compare within",
+        description="Compare the weights of each output row on its own, as the authors do, or of a whole layer.",
+    )
+
+
+class Wanda(ScoredMethod):
+    """Score |w_ij| * ||x_j||, the norm over the calibration tokens."""
+
+    name = "wanda"
+    title = "Wanda"
+    summary = "Sets the weights to zero that matter least: those of small size times the norm of their input. Needs one pass over some text."
+    citation = "Sun et al. 2024, A simple and effective pruning approach for large language models, arXiv 2306.11695."
+    needs: ClassVar[frozenset[str]] = frozenset({"second_moment"})
+    Options = WandaOptions
+
+    def score(self, weight_NK: Tensor, stats: Statistics, options: Any) -> Tensor:
+        """|w| times the root mean square of the input: the token count cancels in every comparison."""
+        return weight_NK.abs() * stats["second_moment"].sqrt().to(weight_NK.dtype)
