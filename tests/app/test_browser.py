@@ -147,11 +147,12 @@ def test_both_models_write_side_by_side_and_the_link_brings_the_answer_back(url:
     page.keyboard.press("Control+Enter")
     page.get_by_text("Done", exact=False).first.wait_for(timeout=WORK_SECONDS * 1000)
     texts = page.locator(".token-diff .text")
+    texts.nth(1).wait_for()  # the page is drawn once more when the answer has ended
     assert texts.count() == 2
     said = [texts.nth(index).inner_text() for index in range(2)]
     assert all(said)
     page.goto(page.url)
-    page.locator(".token-diff .token").first.wait_for()
+    texts.nth(1).locator(".token").first.wait_for()
     assert [page.locator(".token-diff .text").nth(index).inner_text() for index in range(2)] == said
     orders = [json.loads(line) for path in home.glob("runs/*/orders.jsonl") for line in path.read_text().splitlines()]
     assert orders[-1]["args"]["prompt"] == "Once upon a time there was a dragon"
