@@ -171,7 +171,7 @@ def compress(anatomy: Anatomy) -> None:
 def submit() -> None:
     """Put the recipe in the queue and follow it."""
     recipe = state.session().recipe
-    state.follow(jobs.submit("compress", {"model": recipe.model}, recipe).id)
+    state.follow(jobs.submit_once("compress", {"model": recipe.model}, recipe).id)
 
 
 def draw_map(anatomy: Anatomy, status: Status | None, run: Run | None, view: RunView) -> None:

@@ -99,7 +99,7 @@ def engine_box(anatomy: Anatomy, measured: Measured | None, run_id: str | None, 
 
 def submit(model: str, again: bool) -> None:
     """Put the measurement in the queue; what was measured before is kept until the new one is there."""
-    jobs.submit("sensitivity", {"model": model, "force": again}, title=f"Sensitivity of {model}")
+    jobs.submit_once("sensitivity", {"model": model, "force": again}, title=f"Sensitivity of {model}")
 
 
 def working(status: Status) -> None:

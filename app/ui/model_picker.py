@@ -97,7 +97,7 @@ def _add_local() -> None:
 def _add_hub() -> None:
     entry = library.find(st.session_state["add-hub"].strip())
     if not entry.ready:
-        jobs.submit("install", {"model": entry.source.package}, title=f"Fetch {entry.title}")
+        jobs.submit_once("install", {"model": entry.source.package}, title=f"Fetch {entry.title}")
         st.session_state["hub-model"] = entry.source.package
     state.open_model(entry.source.package)
 
@@ -106,7 +106,7 @@ def fetch_recommended() -> None:
     """Start fetching the recommended model on the first visit to this home; a fetch that was ever started is left to the person."""
     for entry in state.models():
         if entry.recommended and not entry.ready and newest("install", entry.id) is None:
-            jobs.submit("install", {"model": entry.id}, title=f"Fetch {entry.title}")
+            jobs.submit_once("install", {"model": entry.id}, title=f"Fetch {entry.title}")
 
 
 def describe_methods() -> None:
@@ -115,7 +115,7 @@ def describe_methods() -> None:
         st.session_state["methods-asked"] = True
         run = newest("inspect", state.FIRST_MODEL)
         if run is None or not run.active:
-            jobs.submit("inspect", {"model": state.FIRST_MODEL}, title="Describe the methods")
+            jobs.submit_once("inspect", {"model": state.FIRST_MODEL}, title="Describe the methods")
 
 
 def fetching(entry: ModelEntry) -> None:
@@ -145,7 +145,7 @@ def _fetch_body(entry: ModelEntry, run_id: str | None, was_active: bool) -> None
         error = status.error or {"what": "The fetch was interrupted.", "why": "", "remedy": "Start it again."}
         st.warning(error_markdown(error["what"], error.get("why", ""), error.get("remedy", "")))
     size = f" ({file_size(entry.download_bytes)})" if entry.download_bytes else ""
-    again = lambda: jobs.submit("install", {"model": entry.source.package if entry.source.kind == "hub" else entry.id}, title=f"Fetch {entry.title}")  # noqa: E731
+    again = lambda: jobs.submit_once("install", {"model": entry.source.package if entry.source.kind == "hub" else entry.id}, title=f"Fetch {entry.title}")  # noqa: E731
     st.button(f"Fetch {entry.title}{size}", key=f"fetch-{entry.id}", on_click=told(again), icon=":material/download:", width="stretch")
 
 
@@ -181,13 +181,14 @@ def inspecting(entry: ModelEntry) -> None:
     """Have a worker look at the model once, and show a skeleton of the page meanwhile."""
     run = newest("inspect", entry.id)
     if run is None:
-        run = jobs.submit("inspect", {"model": entry.id}, title=f"Inspect {entry.title}").status()
+        run = jobs.submit_once("inspect", {"model": entry.id}, title=f"Inspect {entry.title}").status()
     if run.active:
         st.fragment(_inspect_body, run_every=POLL_SECONDS)(entry, run.id)
         return
     error = run.error or {"what": f"Looking at {entry.title} was stopped.", "why": "", "remedy": ""}
     st.error(error_markdown(error["what"], error.get("why", ""), error.get("remedy", "")), icon=":material/error:")
-    st.button("Inspect again", on_click=told(lambda: jobs.submit("inspect", {"model": entry.id}, title=f"Inspect {entry.title}")), icon=":material/refresh:")
+    again = told(lambda: jobs.submit_once("inspect", {"model": entry.id}, title=f"Inspect {entry.title}"))
+    st.button("Inspect again", on_click=again, icon=":material/refresh:")
     with st.expander("Log"):
         st.code(Store().get(run.id).log_tail() or "Nothing was printed.", language=None)
 

@@ -65,6 +65,17 @@ def submit(kind: str, args: dict[str, Any] | None = None, recipe: Recipe | None 
     return run
 
 
+def submit_once(kind: str, args: dict[str, Any], recipe: Recipe | None = None, title: str | None = None, home: Path | None = None) -> Run:
+    """As `submit`, but where the very same work waits or runs already that run is given back: a second press of a button asks for nothing new."""
+    store = Store(home)
+    same = (run for status in store.list(kind=kind, state=("queued", "running")) if _asks(run := Run(store.folder / status.id), args, recipe))
+    return next(same, None) or submit(kind, args, recipe, title, home)
+
+
+def _asks(run: Run, args: dict[str, Any], recipe: Recipe | None) -> bool:
+    return run.request().get("args") == args and run.recipe() == recipe
+
+
 def cancel(run_id: str, home: Path | None = None) -> Status:
     """Stop a run: at once when it waits, else its worker is asked to and a later `pump` sees to it. Raises InputError when it has ended."""
     run = Store(home).get(run_id)

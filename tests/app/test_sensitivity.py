@@ -167,7 +167,7 @@ def test_before_measuring_the_page_says_what_to_press_and_how_long_it_takes(app_
 
 def test_measure_puts_a_run_in_the_queue(app_root: Path, app_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple] = []
-    monkeypatch.setattr(jobs, "submit", lambda kind, args, title: asked.append((kind, args)))
+    monkeypatch.setattr(jobs, "submit_once", lambda kind, args, title: asked.append((kind, args)))
     button(open_page(app_root), "measure").click().run()
     assert asked == [("sensitivity", {"model": "tiny-stories", "force": False})]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bitpress.engine.errors import InputError
+from bitpress.engine.recipe import Recipe
 from bitpress.engine.runs import jobs
 from bitpress.engine.runs.backends.base import Handle, Resources
 from bitpress.engine.runs.backends.local import LocalBackend
@@ -79,6 +80,18 @@ def test_one_job_runs_and_the_next_waits(backend: Sleepers) -> None:
     jobs.pump()
     assert (state(first), state(second)) == ("interrupted", "running")
     assert [event.kind for event in first.events()] == ["queued", "interrupted"]
+
+
+def test_the_same_work_is_not_queued_twice(backend: Sleepers) -> None:
+    four, three = (Recipe.from_dict({"model": "m", "schemes": [{"match": "*", "weights": {"bits": bits}}]}) for bits in (4, 3))
+    first = jobs.submit_once("compress", {"model": "m"}, four)
+    assert jobs.submit_once("compress", {"model": "m"}, four).id == first.id
+    other = jobs.submit_once("compress", {"model": "m"}, three)
+    assert other.id != first.id
+    assert jobs.submit_once("measure", {"model": "m"}).id not in (first.id, other.id)
+    kill(first)
+    jobs.pump()
+    assert jobs.submit_once("compress", {"model": "m"}, four).id != first.id, "what was interrupted is no longer at work"
 
 
 def test_slots_are_set_by_the_environment(backend: Sleepers, monkeypatch: pytest.MonkeyPatch) -> None:
