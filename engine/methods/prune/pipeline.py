@@ -79,7 +79,9 @@ def least_squares(weight_NK: Tensor, keep_NK: Tensor, gram_KK: Tensor) -> Tensor
 
     gram_KK: E[x x^T], float64. Exact up to a ridge of 1e-6 of the mean diagonal; one solve a row.
     """
-    gram_KK = gram_KK.double() + RIDGE * float(gram_KK.diagonal().mean()) * torch.eye(len(gram_KK), dtype=torch.float64, device=gram_KK.device)
+    # Sums of float32 products are symmetric to float32 only, and a factorisation reads one triangle: the other one's share would be an error.
+    gram_KK = (gram_KK + gram_KK.t()).double() / 2
+    gram_KK = gram_KK + RIDGE * float(gram_KK.diagonal().mean()) * torch.eye(len(gram_KK), dtype=torch.float64, device=gram_KK.device)
     wanted_NK = weight_NK.double() @ gram_KK
     made_NK = torch.zeros_like(weight_NK)
     for row, keep_K in enumerate(keep_NK):
