@@ -7,15 +7,54 @@ Rules: METHODS 0.5. `linear` figures are of the block linears; `model` figures a
 from dataclasses import dataclass
 
 from bitpress.engine.model.anatomy import Anatomy, Part
-from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme
-from bitpress.kernels.layout import DenseLayout, Layout, UniformLayout
+from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme, WeightScheme
+from bitpress.kernels.layout import BinaryLayout, BitmapLayout, DenseLayout, FactorLayout, Layout, PairLayout, TableLayout, TwoFourLayout, UniformLayout
 
 
 def layout_of(scheme: Scheme, itemsize: int = 2) -> Layout:
-    """The stored layout of a matrix under a scheme. A sparsity pattern without a sparse format is stored dense."""
-    if scheme.weights is None:
-        return DenseLayout(itemsize)
-    return UniformLayout(scheme.weights.bits, scheme.weights.group_size, scheme.weights.symmetric)
+    """The stored layout of a matrix under a scheme; it alone decides the bytes.
+
+    Zeros are left out where that is smaller: two of four (dense values, or uniform codes whose zero is a level), and any
+    others (4:8 too) of dense weights above 1/16, which is what a bitmap costs. Codes of weights pruned in no pattern stay codes. A low-rank
+    pair keeps its factors as `rank.factors` says, else as `weights` does.
+    """
+    sparsity = scheme.sparsity if scheme.sparsity and scheme.sparsity.ratio > 0 else None
+    if scheme.rank is not None:
+        factor = _factor_layout(scheme.rank.factors or scheme.weights, itemsize)
+        return PairLayout(scheme.rank.keep, factor, factor)
+    if sparsity and sparsity.pattern == "2:4" and _pairs_up(scheme.weights):
+        return TwoFourLayout(_half_groups(scheme.weights, itemsize))
+    if scheme.weights is not None:
+        return coded_layout(scheme.weights)
+    if sparsity and sparsity.pattern != "2:4" and 8 * itemsize * sparsity.ratio > 1:
+        return BitmapLayout(sparsity.ratio, itemsize)
+    return DenseLayout(itemsize)
+
+
+def coded_layout(weights: WeightScheme) -> UniformLayout | TableLayout | BinaryLayout:
+    """The stored layout of a matrix of codes."""
+    match weights.format:
+        case "nf4" | "fp4":
+            return TableLayout(weights.format, weights.group_size, weights.double_quant)
+        case "bcq":
+            return BinaryLayout(weights.bits, weights.group_size)
+    return UniformLayout(weights.bits, weights.group_size, weights.symmetric, "integer" if weights.symmetric else weights.zero)
+
+
+def _factor_layout(weights: WeightScheme | None, itemsize: int) -> FactorLayout:
+    return DenseLayout(itemsize) if weights is None else coded_layout(weights)
+
+
+def _pairs_up(weights: WeightScheme | None) -> bool:
+    """Whether two of four can be left out of these codes, and is smaller: a place costs two bits, and pruned codes must stand for 0."""
+    if weights is None:
+        return True
+    zero_is_level = weights.format == "uniform" and (weights.symmetric or weights.zero == "integer")
+    return zero_is_level and weights.bits > 2 and weights.group_size % 4 == 0
+
+
+def _half_groups(weights: WeightScheme | None, itemsize: int) -> UniformLayout | DenseLayout:
+    return DenseLayout(itemsize) if weights is None else UniformLayout(weights.bits, weights.group_size // 2, weights.symmetric)
 
 
 def embedding_layout(scheme: EmbeddingScheme | None, itemsize: int = 2) -> Layout:

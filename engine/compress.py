@@ -28,13 +28,14 @@ from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme, WeightScheme
 from bitpress.kernels.formats import PackedTensor, pack
-from bitpress.kernels.layout import Layout, UniformLayout
+from bitpress.kernels.layout import BitmapLayout, DenseLayout, Layout, TwoFourLayout, UniformLayout
 from bitpress.kernels.packed import PackedEmbedding, PackedLinear
+from bitpress.kernels.sparse import pack_bitmap, pack_two_four, pack_two_four_codes
 
 __all__ = ["Compressed", "LayerResult", "LayerStore", "compress", "load_compressed"]
 Emit = Callable[[str, dict[str, Any]], None]
 ShouldStop = Callable[[], bool]
-DENSE_REASON = "stored dense: no format here stores a matrix of these zeros smaller"
+DENSE_REASON = "stored dense, 0% smaller: no format here stores a matrix of so few zeros smaller"
 
 
 @dataclass(frozen=True)
@@ -206,10 +207,36 @@ def make_layer(module: nn.Module, job: LayerJob, stats: Statistics) -> StoredLay
     outcome = Outcome(weight_NK)
     for method, options in job.methods:
         outcome = method.apply(outcome.weight_NK, job.asked_of(method), stats, options)
-    if outcome.codes is not None and isinstance(job.layout, UniformLayout):
-        return StoredLayer(job.part.name, pack(*outcome.codes, job.layout), job.method, relative_error(weight_NK, outcome.weight_NK))
-    content = outcome.weight_NK.to(dense.dtype)
-    return StoredLayer(job.part.name, content, job.method, relative_error(weight_NK, content.float()))
+    content = stored_form(outcome, job.layout, dense.dtype)
+    plain = outcome.codes is None and outcome.packed is None
+    made_NK = outcome.weight_NK.to(dense.dtype).float() if plain else outcome.weight_NK
+    return StoredLayer(job.part.name, content, job.method, relative_error(weight_NK, made_NK))
+
+
+def stored_form(outcome: Outcome, layout: Layout, dtype: torch.dtype) -> PackedTensor | Tensor:
+    """What is kept of an outcome: its codes or its zeros packed as the layout says, else its weights in `dtype`.
+
+    Raises ValueError when a method hands over a packed matrix of another layout, or weights that break the pattern of the layout.
+    """
+    match layout, outcome.codes:
+        case _, _ if outcome.packed is not None:
+            if outcome.packed.layout != layout:
+                raise ValueError(f"a matrix of {outcome.packed.layout} was handed over where the scheme asks for {layout}")
+            return outcome.packed
+        case UniformLayout(), codes if codes is not None:
+            return pack(*codes, layout)
+        case TwoFourLayout(), codes if codes is not None:
+            return pack_two_four_codes(*codes, layout)
+        case TwoFourLayout(values=DenseLayout(itemsize)), _:
+            return pack_two_four(outcome.weight_NK.to(_sized(dtype, itemsize)), layout)
+        case BitmapLayout(itemsize=itemsize), _:
+            return pack_bitmap(outcome.weight_NK.to(_sized(dtype, itemsize)), layout)
+    return outcome.weight_NK.to(dtype)
+
+
+def _sized(dtype: torch.dtype, itemsize: int) -> torch.dtype:
+    """The type itself where its numbers have that many bytes; a model may lie in memory in another type than its file."""
+    return dtype if dtype.itemsize == itemsize else torch.bfloat16 if itemsize == 2 else torch.float32
 
 
 def relative_error(weight_NK: Tensor, made_NK: Tensor) -> float:
@@ -226,7 +253,7 @@ def install(model: nn.Module, job: LayerJob, stored: StoredLayer) -> tuple[str, 
         return "dense", DENSE_REASON
     if isinstance(module, nn.Embedding):
         return _install_embedding(model, job.place, module, stored.content)
-    packed = PackedLinear(stored.content, _bias(module))
+    packed = PackedLinear(stored.content, _bias(module), job.scheme.activations.bits if job.scheme.activations else None)
     surgery.replace(model, job.place, packed)
     return packed.kernel, packed.reason
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bitpress.engine.errors import BitpressError
 from bitpress.kernels.formats import PackedTensor
-from bitpress.kernels.layout import DenseLayout, UniformLayout, layout_from_dict, layout_to_dict
+from bitpress.kernels.layout import DenseLayout, Layout, layout_from_dict, layout_to_dict
 
 LAYER_VERSION = 1
 DENSE = "weight"  # the one tensor of a layer that is stored dense
@@ -48,7 +48,7 @@ class StoredLayer:
         return self.content.tensors if isinstance(self.content, PackedTensor) else {DENSE: self.content}
 
     @property
-    def layout(self) -> UniformLayout | DenseLayout:
+    def layout(self) -> Layout:
         """How it is stored."""
         return self.content.layout if isinstance(self.content, PackedTensor) else DenseLayout(self.content.element_size())
 
@@ -108,7 +108,7 @@ class LayerStore:
         if record["sha256"] != _digest(tensors):
             raise _damaged(path, "Its bytes are not those that were written.")
         layout, shape = layout_from_dict(record["layout"]), tuple(record["shape"])
-        content = PackedTensor(layout, shape, tensors) if isinstance(layout, UniformLayout) else tensors[DENSE]
+        content = tensors[DENSE] if isinstance(layout, DenseLayout) else PackedTensor(layout, shape, tensors)
         return StoredLayer(layer, content, record["method"], record["error"])
 
     def check(self, layers: Iterable[str]) -> None:

@@ -60,6 +60,9 @@ Bits = Annotated[int, BeforeValidator(_width)]
 GroupSize = Annotated[int, BeforeValidator(_group)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(_ratio)]
+Format = Literal["uniform", "nf4", "fp4", "bcq"]
+Zero = Literal["integer", "float"]
+FORMAT_BITS: dict[str, tuple[int, ...]] = {"uniform": BITS, "nf4": (4,), "fp4": (4,), "bcq": (2, 3, 4)}
 Keep = Annotated[float, Field(gt=0.0, le=1.0), BeforeValidator(_share)]
 
 
@@ -70,11 +73,19 @@ class Strict(BaseModel):
 
 
 class WeightScheme(Strict):
-    """Uniform codes of `bits` bits. `group_size` 0 (in YAML: row) shares one scale over a whole row."""
+    """Codes of `bits` bits. `group_size` 0 (in YAML: row) shares one scale over a whole row.
+
+    format: evenly spaced levels (uniform), sixteen fixed ones (nf4, fp4) or sums of plus and minus alphas (bcq). symmetric and
+    zero speak of uniform codes: whether they have zeros, and whether a zero is one of the levels (integer) or any number
+    (float). double_quant speaks of nf4 and fp4: their scales are stored as 8-bit codes.
+    """
 
     bits: Bits
     group_size: GroupSize = 64
     symmetric: StrictBool = False
+    format: Format = "uniform"
+    zero: Zero = "integer"
+    double_quant: StrictBool = False
 
 
 class SparsityScheme(Strict):
@@ -93,18 +104,25 @@ class SparsityScheme(Strict):
 
 
 class RankScheme(Strict):
-    """Keep this share of the break-even rank; the factors may themselves be quantised."""
+    """Keep this share of the break-even rank; the factors may themselves be quantised, else they are as `weights` says."""
 
     keep: Keep
     factors: WeightScheme | None = None
 
 
+class ActivationScheme(Strict):
+    """The layer's inputs are rounded as they come, one symmetric scale a token. Nothing of it is stored."""
+
+    bits: Literal[8, 4]
+
+
 class Scheme(Strict):
-    """What one weight matrix becomes. None or "dense" in a part leaves that part alone."""
+    """What one weight matrix becomes, and its inputs. None or "dense" in a part leaves that part alone."""
 
     weights: WeightScheme | None = None
     sparsity: SparsityScheme | None = None
     rank: RankScheme | None = None
+    activations: ActivationScheme | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -118,6 +136,9 @@ class WeightPatch(Strict):
     bits: Bits | None = None
     group_size: GroupSize | None = None
     symmetric: StrictBool | None = None
+    format: Format | None = None
+    zero: Zero | None = None
+    double_quant: StrictBool | None = None
 
 
 class SchemeLine(Strict):
@@ -127,6 +148,7 @@ class SchemeLine(Strict):
     weights: WeightPatch | Literal["dense"] | None = None
     sparsity: SparsityScheme | Literal["dense"] | None = None
     rank: RankScheme | Literal["dense"] | None = None
+    activations: ActivationScheme | Literal["dense"] | None = None
 
 
 class EmbeddingScheme(Strict):
@@ -286,7 +308,7 @@ class Recipe(Strict):
 
     def _scheme_of(self, lines: tuple[int, ...]) -> Scheme:
         weights: dict[str, Any] | None = None
-        rest: dict[str, Any] = {"sparsity": None, "rank": None}
+        rest: dict[str, Any] = {"sparsity": None, "rank": None, "activations": None}
         for line in (self.schemes[number] for number in lines):
             if line.weights == "dense":
                 weights = None
@@ -295,6 +317,8 @@ class Recipe(Strict):
             for field in rest:
                 value = getattr(line, field)
                 rest[field] = None if value == "dense" else value if value is not None else rest[field]
+        if weights and FORMAT_BITS[weights.get("format", "uniform")] == (4,):
+            weights.setdefault("bits", 4)  # nf4 and fp4 say it by their names
         return Scheme(weights=WeightScheme(**weights) if weights and "bits" in weights else None, **rest)
 
     def validate_for(self, anatomy: Anatomy) -> list[Problem]:
@@ -340,6 +364,12 @@ def _shape_problems(scheme: Scheme, width: int) -> list[tuple[str, str]]:
     found = []
     if scheme.weights and scheme.weights.group_size > width:
         found.append((f"group_size {scheme.weights.group_size} is larger than the {width} inputs of a row.", f"Use at most {width}, or 'row'."))
+    for weights in (scheme.weights, scheme.rank.factors if scheme.rank else None):
+        if weights and weights.bits not in FORMAT_BITS[weights.format]:
+            widths = ", ".join(map(str, FORMAT_BITS[weights.format]))
+            found.append((f"The format {weights.format} has no {weights.bits}-bit codes.", f"Set bits to one of {widths}, or format: uniform."))
+    if scheme.activations and scheme.weights is None and scheme.rank is None:
+        found.append(("Only the inputs of a packed matrix can be rounded, and this one stays dense.", "Set weights, such as bits: 8, too."))
     if scheme.sparsity and scheme.sparsity.of_every:
         pattern, (stay, of) = scheme.sparsity.pattern, scheme.sparsity.of_every
         if width % of:

@@ -1,4 +1,4 @@
-"""Products with packed weights on a CPU: torch's int4 and int8 pack ops in layouts that fit them, and a fast dequantise.
+"""Products with packed weights on a CPU: torch's int4 and int8 pack ops in layouts that fit them, a fast dequantise, plain weights.
 
 Knows how to lay codes out for an op and how to call it; which one a layer should use is `dispatch`'s to say. Both ops are
 fast with bfloat16 activations only, multiply with float32 accumulation, and read their own layout of the codes, kept in
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitpress.kernels import reference
 from bitpress.kernels.formats import PackedTensor, unpack_codes
 from bitpress.kernels.layout import UniformLayout
 
@@ -69,7 +70,20 @@ class Int8Form:
         return self.codes.nbytes + self.scales.nbytes
 
 
-Form = Int4Form | Int8Form
+@dataclass(frozen=True)
+class DenseForm:
+    """A matrix that is stored as it is, shared with the layer. weight: [N, K]."""
+
+    weight: Tensor
+
+    def matmul(self, x_MK: Tensor) -> Tensor:
+        """x_MK: any float type. Returns [M, N] in its type."""
+        return F.linear(x_MK, self.weight.to(x_MK.dtype))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beside the stored ones."""
+        return 0
 
 
 def int4_group(layout: UniformLayout, columns: int) -> int | None:
@@ -93,7 +107,7 @@ def int4_form(packed: PackedTensor) -> Int4Form:
     nothing is lost to its rounding; at 4 bits it is `scale * (8 - zero)`, rounded by `_diffuse`. Wider codes become two 4-bit
     matrices: with value v = code - zero + c written as 16 high + low, w = 16s(high - 8) + s(low - 8) + s(136 - c).
     """
-    layout, (rows, columns) = packed.layout, packed.shape
+    layout, (rows, columns) = packed.uniform, packed.shape
     group = int4_group(layout, columns)
     if group is None or rows % INT4_ROWS:
         raise ValueError(f"The int4 op takes no {rows} x {columns} matrix with groups of {layout.group_size}.")
@@ -113,7 +127,7 @@ def int4_form(packed: PackedTensor) -> Int4Form:
 
 def _centred(packed: PackedTensor) -> tuple[Tensor, Tensor]:
     """(values [N, padded K] as uint8, what is left of the zero term in scales [N, G]) for the int4 op's 4- or 8-bit slots."""
-    bits, columns = packed.layout.bits, packed.shape[1]
+    bits, columns = packed.uniform.bits, packed.shape[1]
     codes_NK = unpack_codes(packed.tensors["codes"], bits, columns)
     zeros_NG = packed.zeros_NG
     if zeros_NG is None:
@@ -122,7 +136,7 @@ def _centred(packed: PackedTensor) -> tuple[Tensor, Tensor]:
     if bits in (4, 8):  # every slot value is taken: the codes stay as they are
         left_NG = middle - zeros_NG.float()
     else:
-        codes_NK = codes_NK + (middle - expand_groups(zeros_NG, packed.layout, columns))
+        codes_NK = codes_NK + (middle - expand_groups(zeros_NG, packed.uniform, columns))
         left_NG = torch.zeros_like(zeros_NG, dtype=torch.float32)
     return F.pad(codes_NK, (0, _padding(columns))), left_NG
 
@@ -157,10 +171,17 @@ def int8_form(packed: PackedTensor) -> Int8Form:
     return Int8Form((packed.tensors["codes"] ^ 128).view(torch.int8), packed.tensors["scales"][:, 0].contiguous())
 
 
+def dense_form(packed: PackedTensor) -> DenseForm:
+    """A plain matrix as it lies."""
+    return DenseForm(packed.tensors["weight"])
+
+
 def dequantize(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix that the codes stand for, [N, K]: the same values as `reference.dequantize`, in chunks that stay in the cache."""
+    """The matrix that the codes stand for, [N, K]: the same values as `reference.dequantize`, uniform ones in chunks that stay in the cache."""
+    if not isinstance(packed.layout, UniformLayout) or dtype == torch.float64:
+        return reference.dequantize(packed, dtype)
     rows, columns = packed.shape
-    out = torch.empty(rows, columns, dtype=dtype, device=packed.tensors["codes"].device)
+    out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
     step = max(1, CHUNK // columns)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -169,7 +190,7 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def _dequantize_into(out_NK: Tensor, packed: PackedTensor) -> None:
-    layout, columns = packed.layout, packed.shape[1]
+    layout, columns = packed.uniform, packed.shape[1]
     values_NK = out_NK if out_NK.dtype == torch.float32 else torch.empty(packed.shape, device=out_NK.device)
     values_NK.copy_(unpack_codes(packed.tensors["codes"], layout.bits, columns))
     zeros_NG = packed.zeros_NG

@@ -49,8 +49,9 @@ def refusal(bits: int, group_size: int, in_features: int) -> str:
 
 def tiles_of(packed: PackedTensor) -> Tiles:
     """A stored matrix in tile layout."""
-    codes_NK = unpack_codes(packed.tensors["codes"], packed.layout.bits, packed.shape[1])
-    return tile(codes_NK, packed.tensors["scales"], packed.zeros_NG, packed.layout.bits, packed.layout.group_size)
+    layout = packed.uniform
+    codes_NK = unpack_codes(packed.tensors["codes"], layout.bits, packed.shape[1])
+    return tile(codes_NK, packed.tensors["scales"], packed.zeros_NG, layout.bits, layout.group_size)
 
 
 def tile(codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bits: int, group_size: int) -> Tiles:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from bitpress.kernels import cpu, cpu_lowbit
-from bitpress.kernels.layout import UniformLayout
+from bitpress.kernels.layout import DenseLayout, Layout, PairLayout, UniformLayout, words_of
 
 LOWBIT, INT4, INT4_SPLIT, INT8, DEQUANTIZE = "C++ low-bit", "int4 pack", "int4 pack, two nibbles", "int8 pack", "dequantize"
+DENSE, PAIR = "dense", "low-rank pair"
 # Rows of activations up to which the pack ops beat dequantise and multiply. A row costs them 0.04 ns a weight and dequantising
 # costs 1.6 ns a weight once (one AVX-512 core at 2.5 GHz), so the crossover lies near 64 for every width.
 PACK_MAX_BATCH = 64
@@ -25,8 +26,26 @@ class Choice:
     reason: str
 
 
-def choose(layout: UniformLayout, shape: tuple[int, int], device: torch.device | str, dtype: torch.dtype, batch: int) -> Choice:
+def choose(layout: Layout, shape: tuple[int, int], device: torch.device | str, dtype: torch.dtype, batch: int) -> Choice:
     """The kernel for activations [batch, K] of `dtype` times a packed matrix of `shape` (N, K) on `device`."""
+    match layout:
+        case UniformLayout():
+            return _choose_uniform(layout, shape, device, dtype, batch)
+        case DenseLayout():
+            return Choice(DENSE, "stored as it is")
+        case PairLayout():
+            return _choose_pair(layout, shape, device, dtype, batch)
+    return Choice(DEQUANTIZE, f"dequantise and multiply: there is no packed kernel for {words_of(layout)} yet")
+
+
+def _choose_pair(layout: PairLayout, shape: tuple[int, int], device: torch.device | str, dtype: torch.dtype, batch: int) -> Choice:
+    rank = layout.rank(*shape)
+    right = choose(layout.right, (rank, shape[1]), device, dtype, batch)
+    left = choose(layout.left, (shape[0], rank), device, dtype, batch)
+    return Choice(PAIR, f"two products through rank {rank}: {right.kernel} ({right.reason}), then {left.kernel} ({left.reason})")
+
+
+def _choose_uniform(layout: UniformLayout, shape: tuple[int, int], device: torch.device | str, dtype: torch.dtype, batch: int) -> Choice:
     slow = _refuse_lowbit(layout, shape, torch.device(device).type, dtype, batch)
     if slow is None:
         return Choice(LOWBIT, f"C++ kernel: reads {layout.bits}-bit codes as they are and multiplies in integers")
@@ -58,6 +77,8 @@ def _refuse_lowbit(layout: UniformLayout, shape: tuple[int, int], device: str, d
         return f"the C++ kernels take bfloat16 and float32 inputs, not {str(dtype).removeprefix('torch.')}"
     if dtype == torch.bfloat16 and batch > PACK_MAX_BATCH:
         return f"above {PACK_MAX_BATCH} rows a bfloat16 matmul is faster than the C++ kernels"
+    if layout.zero == "float" and not layout.symmetric:
+        return "the C++ kernels take integer zeros only"
     return cpu_lowbit.refusal(layout.bits, layout.group_size, shape[1]) or None
 
 
@@ -82,6 +103,8 @@ def _refuse_int8(shape: tuple[int, int]) -> str | None:
 
 def _refuse_int4(layout: UniformLayout, shape: tuple[int, int]) -> str | None:
     rows, columns = shape
+    if layout.zero == "float" and layout.bits not in (4, 8) and not layout.symmetric:
+        return "with zeros that are no levels the int4 pack op takes codes of 4 or 8 bits only"
     if rows % cpu.INT4_ROWS:
         return f"the int4 pack op takes outputs in multiples of {cpu.INT4_ROWS}, not {rows}"
     if cpu.int4_group(layout, columns) is None:

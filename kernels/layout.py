@@ -1,15 +1,24 @@
 """How a matrix is laid out in bytes: shapes and sizes of every stored format. Knows no values and imports no torch.
 
 A *group* is a run of consecutive inputs of one output row that shares a scale (and a zero). A row that the group does
-not divide ends in a short group. Codes of a row are bit-packed together, rows start on a byte.
+not divide ends in a short group. Codes of a row are bit-packed together, rows start on a byte. A layout
+is a frozen record: its `name` and fields are what a file keeps of it, and `nbytes` needs nothing but a shape.
 """
 
 from dataclasses import asdict, dataclass
-from math import ceil
+from math import ceil, floor
 from typing import Any
 
 BITS = (2, 3, 4, 5, 6, 8)
 SCALE_BYTES = 2  # scales are stored as bfloat16
+TABLES = ("nf4", "fp4")
+SUPER_GROUP = 256  # scales that share a scale of their own when scales are stored as codes
+NEAR = 1e-9  # a share times a count is not cut down a whole for the rounding of the product
+
+
+def group_count(group_size: int, in_features: int) -> int:
+    """Groups in a row of `in_features` weights; `group_size` 0 is the whole row."""
+    return 1 if group_size == 0 else ceil(in_features / group_size)
 
 
 @dataclass(frozen=True)
@@ -17,23 +26,25 @@ class UniformLayout:
     """Evenly spaced levels: code c of a group stands for (c - zero) * scale.
 
     bits: code width. group_size: inputs a group, 0 for the whole row. symmetric: no zeros are stored, the zero is
-    2**(bits - 1); otherwise one integer zero of `bits` bits a group is packed beside the scales.
+    2**(bits - 1); otherwise one zero a group: an integer of `bits` bits, packed beside the scales, or, where `zero` is
+    "float", a bfloat16 number that need not be a level.
     """
 
     bits: int
     group_size: int = 64
     symmetric: bool = False
+    zero: str = "integer"
     name: str = "uniform"
 
     def groups(self, in_features: int) -> int:
         """Groups in a row of `in_features` weights."""
-        return 1 if self.group_size == 0 else ceil(in_features / self.group_size)
+        return group_count(self.group_size, in_features)
 
     def nbytes(self, out_features: int, in_features: int) -> int:
         """Stored bytes of codes, scales and zeros of an (out_features, in_features) matrix."""
         groups = self.groups(in_features)
         codes = ceil(in_features * self.bits / 8)
-        zeros = 0 if self.symmetric else ceil(groups * self.bits / 8)
+        zeros = 0 if self.symmetric else groups * SCALE_BYTES if self.zero == "float" else ceil(groups * self.bits / 8)
         return out_features * (codes + zeros + groups * SCALE_BYTES)
 
 
@@ -49,7 +60,128 @@ class DenseLayout:
         return out_features * in_features * self.itemsize
 
 
-Layout = UniformLayout | DenseLayout
+@dataclass(frozen=True)
+class TableLayout:
+    """Sixteen fixed levels in [-1, 1]: code c of a group stands for table[c] * scale, the scale being the group's largest |w|.
+
+    table: "nf4" or "fp4". double_scales: the scales are 8-bit codes themselves, with one bfloat16 scale for every 256 of a row.
+    """
+
+    table: str
+    group_size: int = 64
+    double_scales: bool = False
+    name: str = "table"
+
+    def groups(self, in_features: int) -> int:
+        """Groups in a row of `in_features` weights."""
+        return group_count(self.group_size, in_features)
+
+    def nbytes(self, out_features: int, in_features: int) -> int:
+        """Stored bytes of codes and scales."""
+        groups = self.groups(in_features)
+        scales = groups + SCALE_BYTES * ceil(groups / SUPER_GROUP) if self.double_scales else groups * SCALE_BYTES
+        return out_features * (ceil(in_features / 2) + scales)
+
+
+@dataclass(frozen=True)
+class BinaryLayout:
+    """Binary-coded levels: a weight is shift + sum over `bits` planes of +alpha or -alpha, one alpha a plane and group, one shift a group."""
+
+    bits: int
+    group_size: int = 64
+    name: str = "binary"
+
+    def groups(self, in_features: int) -> int:
+        """Groups in a row of `in_features` weights."""
+        return group_count(self.group_size, in_features)
+
+    def nbytes(self, out_features: int, in_features: int) -> int:
+        """Stored bytes of planes, alphas and shifts."""
+        return out_features * (self.bits * ceil(in_features / 8) + self.groups(in_features) * SCALE_BYTES * (self.bits + 1))
+
+
+@dataclass(frozen=True)
+class BitmapLayout:
+    """Weights that are not zero, in order, `itemsize` bytes each, beside one bit a weight that says where they are.
+
+    ratio: the share of zeros that counts. There is room for what it leaves of each row, rounded up, whatever the rows
+    hold; a matrix with more zeros fills the room with some of them.
+    """
+
+    ratio: float
+    itemsize: int = 2
+    name: str = "bitmap"
+
+    def kept(self, out_features: int, in_features: int) -> int:
+        """Values stored of an (out_features, in_features) matrix."""
+        return out_features * (in_features - floor(self.ratio * in_features + NEAR))
+
+    def nbytes(self, out_features: int, in_features: int) -> int:
+        """Stored bytes of bitmap and values."""
+        return out_features * ceil(in_features / 8) + self.itemsize * self.kept(out_features, in_features)
+
+
+@dataclass(frozen=True)
+class TwoFourLayout:
+    """Two of every four consecutive inputs, with a 2-bit place each. The values are an (N, K / 2) matrix of a layout of their own."""
+
+    values: UniformLayout | DenseLayout
+    name: str = "2:4"
+
+    def nbytes(self, out_features: int, in_features: int) -> int:
+        """Stored bytes of values and places."""
+        return self.values.nbytes(out_features, in_features // 2) + out_features * ceil(in_features / 8)
+
+
+FactorLayout = UniformLayout | DenseLayout | TableLayout | BinaryLayout
+
+
+@dataclass(frozen=True)
+class PairLayout:
+    """A matrix as a product of two: left (N, r) times right (r, K), each in a layout of its own. keep: share of the break-even rank."""
+
+    keep: float
+    left: FactorLayout
+    right: FactorLayout
+    name: str = "pair"
+
+    def rank(self, out_features: int, in_features: int) -> int:
+        """r for an (out_features, in_features) matrix: the share of NK / (N + K), rounded down, at least 1 (METHODS 17.1)."""
+        return max(1, floor(self.keep * out_features * in_features / (out_features + in_features) + NEAR))
+
+    def nbytes(self, out_features: int, in_features: int) -> int:
+        """Stored bytes of both factors."""
+        rank = self.rank(out_features, in_features)
+        return self.left.nbytes(out_features, rank) + self.right.nbytes(rank, in_features)
+
+
+Layout = UniformLayout | DenseLayout | TableLayout | BinaryLayout | BitmapLayout | TwoFourLayout | PairLayout
+KINDS: dict[str, type[Any]] = {
+    "uniform": UniformLayout,
+    "dense": DenseLayout,
+    "table": TableLayout,
+    "binary": BinaryLayout,
+    "bitmap": BitmapLayout,
+    "2:4": TwoFourLayout,
+    "pair": PairLayout,
+}
+
+
+def words_of(layout: Layout) -> str:
+    """A layout in a few words, such as `4 bits, group 64`."""
+    match layout:
+        case UniformLayout() | BinaryLayout():
+            kind = "binary, " if isinstance(layout, BinaryLayout) else ""
+            return f"{kind}{layout.bits} bits, group {layout.group_size or 'row'}"
+        case TableLayout():
+            return f"{layout.table}, group {layout.group_size or 'row'}"
+        case BitmapLayout():
+            return f"bitmap, {layout.ratio:.0%} zeros"
+        case TwoFourLayout():
+            return f"2:4, {words_of(layout.values)}"
+        case PairLayout():
+            return f"low rank {layout.keep:g}, factors {words_of(layout.left)}"
+    return f"dense, {8 * layout.itemsize} bits"
 
 
 def layout_to_dict(layout: Layout) -> dict[str, Any]:
@@ -59,7 +191,6 @@ def layout_to_dict(layout: Layout) -> dict[str, Any]:
 
 def layout_from_dict(values: dict[str, Any]) -> Layout:
     """Inverse of `layout_to_dict`. Raises ValueError for a name that no layout has."""
-    kinds = {"uniform": UniformLayout, "dense": DenseLayout}
-    if values.get("name") not in kinds:
-        raise ValueError(f"Unknown layout {values.get('name')!r}; known: {', '.join(kinds)}.")
-    return kinds[values["name"]](**values)
+    if values.get("name") not in KINDS:
+        raise ValueError(f"Unknown layout {values.get('name')!r}; known: {', '.join(KINDS)}.")
+    return KINDS[values["name"]](**{key: layout_from_dict(value) if isinstance(value, dict) else value for key, value in values.items()})

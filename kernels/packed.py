@@ -5,39 +5,48 @@ them when a small batch first needs it, and forgotten when the layer moves.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from bitpress.kernels import cpu, cpu_lowbit, dispatch
+from bitpress.kernels.activations import quantize_rows
 from bitpress.kernels.formats import PackedTensor, concat
+from bitpress.kernels.layout import words_of
 
-Form = cpu.Form | cpu_lowbit.Tiles
-FORMS: dict[str, Callable[[PackedTensor], Form]] = {
-    dispatch.LOWBIT: cpu_lowbit.tiles_of,
-    dispatch.INT4: cpu.int4_form,
-    dispatch.INT4_SPLIT: cpu.int4_form,
-    dispatch.INT8: cpu.int8_form,
-}
-NAMES = ("codes", "scales", "zeros")
+
+class Form(Protocol):
+    """A matrix in the layout of one kernel."""
+
+    def matmul(self, x_MK: Tensor) -> Tensor:
+        """x_MK: contiguous, in a type that the kernel takes. Returns [M, N] in it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beside the stored ones."""
 
 
 class _Packed(nn.Module):
     """Canonical tensors as buffers that move between devices and are never cast: their types are the format."""
 
-    codes: Tensor
-
     def __init__(self, packed: PackedTensor) -> None:
         super().__init__()
         self.layout, self.shape = packed.layout, packed.shape
-        for name in NAMES:
-            self.register_buffer(name, packed.tensors.get(name))
+        self._names = tuple(packed.tensors)
+        for name, tensor in packed.tensors.items():
+            self.register_buffer(name, tensor)
 
     @property
     def packed(self) -> PackedTensor:
         """The canonical form; shares this layer's storage."""
-        return PackedTensor(self.layout, self.shape, {name: tensor for name in NAMES if (tensor := self._buffers[name]) is not None})
+        return PackedTensor(self.layout, self.shape, {name: tensor for name in self._names if (tensor := self._buffers[name]) is not None})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.packed.device
 
     @property
     def stored_bytes(self) -> int:
@@ -61,19 +70,23 @@ class _Packed(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = self.packed.tensors
         super()._apply(fn, recurse)
-        device = self.codes.device  # integers: `fn` can move them but not cast them
+        device = self.device  # `fn` moves and casts: the place is kept, the type is not
         for name, tensor in kept.items():
             self._buffers[name] = tensor.to(device)
         return self
 
 
 class PackedLinear(_Packed):
-    """y = x W^T + b with W packed. packed: W of shape (N, K). bias: [N] or None. Same inputs, same bits out."""
+    """y = x W^T + b with W packed, in whatever layout. Same inputs, same bits out.
 
-    def __init__(self, packed: PackedTensor, bias: Tensor | None = None) -> None:
+    packed: W of shape (N, K). bias: [N] or None. activation_bits: 8 or 4 rounds every row of x as it comes, None leaves x alone.
+    """
+
+    def __init__(self, packed: PackedTensor, bias: Tensor | None = None, activation_bits: int | None = None) -> None:
         super().__init__(packed)
         self.out_features, self.in_features = packed.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.activation_bits = activation_bits
         self._form: tuple[str, Form] | None = None
         self._kernels: dict[tuple[int, torch.dtype], str] = {}  # a decode step asks thousands of times
 
@@ -82,18 +95,26 @@ class PackedLinear(_Packed):
         x_MK = x.reshape(-1, self.in_features).contiguous()
         if not len(x_MK):
             return x.new_zeros(*x.shape[:-1], self.out_features)
-        kernel = self._kernels.get((len(x_MK), x.dtype)) or self._choose(len(x_MK), x.dtype)
-        y_MN = cpu.dequantized_matmul(x_MK, self.packed) if kernel == dispatch.DEQUANTIZE else self.form(kernel).matmul(x_MK)
+        y_MN = self._product(x_MK) if self.activation_bits is None else self._rounded_product(x_MK, self.activation_bits)
         if self.bias is not None:
             y_MN = y_MN + self.bias.to(y_MN.dtype)
         return y_MN.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, x_MK: Tensor) -> Tensor:
+        kernel = self._kernels.get((len(x_MK), x_MK.dtype)) or self._choose(len(x_MK), x_MK.dtype)
+        return cpu.dequantized_matmul(x_MK, self.packed) if kernel == dispatch.DEQUANTIZE else self.form(kernel).matmul(x_MK)
+
+    def _rounded_product(self, x_MK: Tensor, bits: int) -> Tensor:
+        """Levels are whole numbers that every float type holds exactly; their scale comes in after the product."""
+        levels_MK, scale_M1 = quantize_rows(x_MK, bits)
+        return (self._product(levels_MK.to(x_MK.dtype)) * scale_M1).to(x_MK.dtype)
 
     def _choose(self, batch: int, dtype: torch.dtype) -> str:
         return self._kernels.setdefault((batch, dtype), self.kernel_for(batch, dtype).kernel)
 
     def kernel_for(self, batch: int, dtype: torch.dtype = torch.bfloat16) -> dispatch.Choice:
         """What runs for activations [batch, K] of this type, and why."""
-        return dispatch.choose(self.layout, self.shape, self.codes.device, dtype, batch)
+        return dispatch.choose(self.layout, self.shape, self.device, dtype, batch)
 
     @property
     def kernel(self) -> str:
@@ -118,7 +139,7 @@ class PackedLinear(_Packed):
 
     def extra_repr(self) -> str:
         """Shape and layout, for `print(model)`."""
-        return f"{self.in_features} -> {self.out_features}, {self.layout.bits} bits, group {self.layout.group_size or 'row'}, {self.kernel}"
+        return f"{self.in_features} -> {self.out_features}, {words_of(self.layout)}, {self.kernel}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._form = None
@@ -133,17 +154,48 @@ class PackedLinear(_Packed):
 def fuse(linears: Sequence[PackedLinear]) -> PackedLinear:
     """One layer for several with the same inputs and layout (q, k, v; gate, up). The parts go on working as rows of its storage.
 
-    Raises ValueError when inputs, layouts or the presence of a bias differ.
+    Raises ValueError when inputs, layouts, activation widths or the presence of a bias differ.
     """
-    if len({linear.bias is None for linear in linears}) > 1:
-        raise ValueError("Layers with and without a bias cannot be joined.")
+    if len({(linear.bias is None, linear.activation_bits) for linear in linears}) > 1:
+        raise ValueError("Layers with and without a bias, or with unlike activations, cannot be joined.")
     packed = concat([linear.packed for linear in linears])
     start = 0
     for linear in linears:
         linear.hold(packed.rows(start, start + linear.out_features))
         start += linear.out_features
     biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-    return PackedLinear(packed, torch.cat(biases) if biases else None)
+    return PackedLinear(packed, torch.cat(biases) if biases else None, linears[0].activation_bits)
+
+
+@dataclass(frozen=True)
+class PairForm:
+    """A low-rank matrix as two layers on its own storage."""
+
+    left: PackedLinear
+    right: PackedLinear
+
+    def matmul(self, x_MK: Tensor) -> Tensor:
+        """x_MK: any float type. Returns [M, N] in its type."""
+        return self.left(self.right(x_MK))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beside the stored ones."""
+        return self.left.resident_bytes - self.left.stored_bytes + self.right.resident_bytes - self.right.stored_bytes
+
+
+def _pair_form(packed: PackedTensor) -> PairForm:
+    return PairForm(PackedLinear(packed.part("left")), PackedLinear(packed.part("right")))
+
+
+FORMS: dict[str, Callable[[PackedTensor], Form]] = {
+    dispatch.LOWBIT: cpu_lowbit.tiles_of,
+    dispatch.INT4: cpu.int4_form,
+    dispatch.INT4_SPLIT: cpu.int4_form,
+    dispatch.INT8: cpu.int8_form,
+    dispatch.DENSE: cpu.dense_form,
+    dispatch.PAIR: _pair_form,
+}
 
 
 class PackedEmbedding(_Packed):
@@ -164,9 +216,9 @@ class PackedEmbedding(_Packed):
         return PackedLinear(self.packed, bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype  # casting the model casts what it returns
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype  # casting the model casts what it returns
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """Shape and layout, for `print(model)`."""
-        return f"{self.num_embeddings} x {self.embedding_dim}, {self.layout.bits} bits, group {self.layout.group_size or 'row'}"
+        return f"{self.num_embeddings} x {self.embedding_dim}, {words_of(self.layout)}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitpress.kernels.formats import join_rows
+from bitpress.kernels.formats import can_concat, join_rows
 from bitpress.kernels.packed import PackedLinear, fuse
 
 
@@ -75,7 +75,7 @@ def join(modules: Sequence[nn.Module], dtype: torch.dtype) -> Rows:
         return DenseRows(cast(Sequence[nn.Linear], modules), dtype)
     if all(isinstance(module, PackedLinear) for module in modules):
         linears = cast(Sequence[PackedLinear], modules)
-        if len({(linear.layout, linear.bias is None) for linear in linears}) == 1:
+        if len(linears) == 1 or (can_concat(linears[0].layout) and len({(each.layout, each.bias is None, each.activation_bits) for each in linears}) == 1):
             return PackedRows(linears)
     if len(modules) == 1:
         return SeparateRows(modules)

@@ -75,7 +75,11 @@ def _linears(model: nn.Module, block_prefix: str) -> list[PackedLinear | torch.T
 def _packed(model: nn.Module) -> list[tuple[str, PackedLinear | PackedEmbedding]]:
     """Packed modules by name; of those that share their codes (an embedding and its tied head) the first."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedEmbedding)]
-    return list({module.packed.tensors["codes"].data_ptr(): (name, module) for name, module in reversed(found)}.values())
+    return list({_first(module).data_ptr(): (name, module) for name, module in reversed(found)}.values())
+
+
+def _first(module: PackedLinear | PackedEmbedding) -> torch.Tensor:
+    return next(iter(module.packed.tensors.values()))
 
 
 def _dense(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from bitpress.engine.recipe import Scheme
+from bitpress.engine.recipe import Scheme, WeightScheme
 
 
 class Ability(BaseModel):
@@ -14,6 +14,8 @@ class Ability(BaseModel):
 
     part: Literal["weights", "sparsity", "rank"]
     bits: tuple[int, ...] = ()  # widths, for weights
+    formats: tuple[str, ...] = ("uniform",)  # of codes, for weights
+    zeros: tuple[str, ...] = ("integer",)  # of asymmetric uniform codes, for weights
     patterns: tuple[str, ...] = ()  # patterns of zeros, for sparsity
     also: Literal["weights"] | None = None  # a second part, given in the same pass unless a later stage gives it
 
@@ -23,14 +25,19 @@ class Ability(BaseModel):
         if self.part not in asked:
             return False
         if self.part == "weights":
-            return scheme.weights is not None and scheme.weights.bits in self.bits
+            return scheme.weights is not None and self._makes(scheme.weights)
         if self.part == "sparsity":
             return scheme.sparsity is not None and scheme.sparsity.pattern in self.patterns
         return True
 
     def also_satisfies(self, scheme: Scheme) -> bool:
         """True when the scheme asks for the second part with a value that the method has."""
-        return self.also is not None and Ability(part=self.also, bits=self.bits).satisfies(scheme)
+        return self.also is not None and self.model_copy(update={"part": self.also}).satisfies(scheme)
+
+    def _makes(self, weights: WeightScheme) -> bool:
+        """True for codes of this width, format and kind of zero."""
+        has_zeros = weights.format == "uniform" and not weights.symmetric
+        return weights.bits in self.bits and weights.format in self.formats and (not has_zeros or weights.zero in self.zeros)
 
 
 def wanted_parts(scheme: Scheme) -> tuple[str, ...]:

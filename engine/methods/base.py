@@ -15,6 +15,7 @@ from bitpress.engine.errors import InputError
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.quantize.pipeline import Codes
 from bitpress.engine.recipe import Scheme
+from bitpress.kernels.formats import PackedTensor
 
 Family = Literal["quantize", "prune", "lowrank", "share", "kvcache", "distill"]
 Statistics = Mapping[str, Tensor]  # of one layer's inputs, by name, such as "second_moment" [K]
@@ -27,10 +28,17 @@ class MethodOptions(BaseModel):
 
 
 class Outcome(NamedTuple):
-    """What a method made of one matrix: the weights it now stands for and, once quantised, the codes that are stored."""
+    """What a method made of one matrix: the weights it now stands for and, once quantised, what is stored.
+
+    codes: uniform codes, packed by `engine.compress` in whatever layout the scheme has for them (2:4 too). packed: a matrix of any other
+    format, ready to be stored; its layout must be `accounting.layout_of(scheme)`. NF4 and FP4 come from `kernels.tables.pack_table`,
+    binary codes from `kernels.binary.pack_binary`, low-rank pairs from `kernels.pairs.pack_pair`. Pruned weights need neither: their
+    zeros are found.
+    """
 
     weight_NK: Tensor  # float32
     codes: Codes | None = None
+    packed: PackedTensor | None = None
 
 
 class Method(ABC):

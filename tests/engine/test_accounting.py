@@ -9,7 +9,8 @@ import pytest
 from bitpress.engine.accounting import flops_per_token, ideal_speedup, layout_of, size_of, weight_bytes_per_token
 from bitpress.engine.layer_store import LayerStore
 from bitpress.engine.model.anatomy import Anatomy, Part
-from bitpress.engine.recipe import Recipe, Scheme, SparsityScheme, WeightScheme
+from bitpress.engine.recipe import Recipe, Scheme
+from bitpress.kernels.layout import BinaryLayout, BitmapLayout, DenseLayout, Layout, PairLayout, TableLayout, TwoFourLayout, UniformLayout
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "4-bit": {"schemes": [{"match": "*", "weights": {"bits": 4}}], "embedding": {"bits": 8}, "stages": [{"method": "rtn"}]},
@@ -17,6 +18,10 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "row symmetric": {"schemes": [{"match": "*", "weights": {"bits": 8, "group_size": "row", "symmetric": True}}], "stages": [{"method": "rtn"}]},
     "mixed": {
         "schemes": [{"match": "role:attention", "weights": {"bits": 5, "group_size": 16}}, {"match": "role:mlp", "sparsity": {"ratio": 0.5}}],
+        "stages": [{"method": "magnitude"}, {"method": "rtn"}],
+    },
+    "two of four": {
+        "schemes": [{"match": "*", "sparsity": {"ratio": 0.5, "pattern": "2:4"}}, {"match": "role:attention", "weights": {"bits": 4, "group_size": 32}}],
         "stages": [{"method": "magnitude"}, {"method": "rtn"}],
     },
     "half the blocks": {"schemes": [{"match": "*", "weights": {"bits": 2}}], "structure": {"drop_blocks": "odd"}, "stages": [{"method": "rtn"}]},
@@ -62,10 +67,40 @@ def test_dense_recipe_changes_no_figure(paper: Callable[..., Anatomy]) -> None:
         assert size.bits_per_weight_model == size.bits_per_weight_linears == 16
 
 
-def test_zeros_without_a_sparse_format_save_nothing() -> None:
-    assert layout_of(Scheme(sparsity=SparsityScheme(ratio=0.9))).nbytes(10, 10) == 200
-    both = Scheme(weights=WeightScheme(bits=4), sparsity=SparsityScheme(ratio=0.5))
-    assert layout_of(both).nbytes(8, 128) == layout_of(Scheme(weights=WeightScheme(bits=4))).nbytes(8, 128)
+def scheme(**parts: Any) -> Scheme:
+    return Scheme.model_validate(parts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "layout"),
+    [
+        ({}, DenseLayout()),
+        ({"sparsity": {"ratio": 0.5}}, BitmapLayout(0.5)),
+        ({"sparsity": {"ratio": 0.06}}, DenseLayout()),
+        ({"sparsity": {"ratio": 0.07}}, BitmapLayout(0.07)),
+        ({"sparsity": {"ratio": 0.5, "pattern": "2:4"}}, TwoFourLayout(DenseLayout())),
+        ({"sparsity": {"ratio": 0.0, "pattern": "2:4"}}, DenseLayout()),
+        ({"sparsity": {"ratio": 0.5}, "weights": {"bits": 4}}, UniformLayout(4)),
+        ({"sparsity": {"ratio": 0.5, "pattern": "2:4"}, "weights": {"bits": 4}}, TwoFourLayout(UniformLayout(4, 32))),
+        ({"sparsity": {"ratio": 0.5, "pattern": "2:4"}, "weights": {"bits": 8, "group_size": 0, "symmetric": True}}, TwoFourLayout(UniformLayout(8, 0, True))),
+        ({"sparsity": {"ratio": 0.5, "pattern": "2:4"}, "weights": {"bits": 2}}, UniformLayout(2)),
+        ({"sparsity": {"ratio": 0.5, "pattern": "2:4"}, "weights": {"bits": 4, "zero": "float"}}, UniformLayout(4, zero="float")),
+        ({"weights": {"bits": 4, "zero": "float", "symmetric": True}}, UniformLayout(4, symmetric=True)),
+        ({"weights": {"bits": 4, "format": "nf4", "double_quant": True}}, TableLayout("nf4", 64, True)),
+        ({"weights": {"bits": 3, "format": "bcq", "group_size": 0}}, BinaryLayout(3, 0)),
+        ({"rank": {"keep": 0.5}}, PairLayout(0.5, DenseLayout(), DenseLayout())),
+        ({"rank": {"keep": 0.5}, "weights": {"bits": 4}}, PairLayout(0.5, UniformLayout(4), UniformLayout(4))),
+        ({"rank": {"keep": 0.5, "factors": {"bits": 8}}, "weights": {"bits": 4}}, PairLayout(0.5, UniformLayout(8), UniformLayout(8))),
+        ({"weights": {"bits": 8}, "activations": {"bits": 8}}, UniformLayout(8)),
+    ],
+)  # fmt: skip
+def test_a_scheme_alone_decides_the_layout(parts: dict[str, Any], layout: Layout) -> None:
+    assert layout_of(scheme(**parts)) == layout
+
+
+def test_a_sparse_layout_is_smaller_than_the_dense_one() -> None:
+    for parts, limit in (({"sparsity": {"ratio": 0.07}}, 1.0), ({"sparsity": {"ratio": 0.5}}, 0.57), ({"sparsity": {"ratio": 0.5, "pattern": "2:4"}}, 0.57)):
+        assert layout_of(scheme(**parts)).nbytes(576, 576) < limit * DenseLayout().nbytes(576, 576)
 
 
 def test_flops_follow_blocks_and_context(paper: Callable[..., Anatomy]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitpress.engine import calibrate, layer_store
 from bitpress.engine import compress as compressing
+from bitpress.engine.accounting import layout_of, size_of
 from bitpress.engine.calibration_set import CalibrationSet
 from bitpress.engine.compress import compress, load_compressed
 from bitpress.engine.errors import BitpressError, Cancelled, InputError
@@ -23,7 +24,11 @@ from bitpress.engine.methods.base import LinearMethod, Outcome, Statistics
 from bitpress.engine.model import surgery
 from bitpress.engine.model.load import Loaded, compute_dtype
 from bitpress.engine.recipe import Recipe, Scheme
+from bitpress.kernels.binary import pack_binary
+from bitpress.kernels.layout import TableLayout
 from bitpress.kernels.packed import PackedEmbedding, PackedLinear
+from bitpress.kernels.reference import dequantize
+from bitpress.kernels.tables import nearest, pack_table, round_scales, scales_of
 
 Build = Callable[..., Loaded]
 IDS = torch.arange(24).view(2, 12) * 7 % 320
@@ -109,15 +114,68 @@ def test_dropped_blocks_move_the_rest_up(in_memory: Build) -> None:
     assert float((weight - moved).norm() / weight.norm()) == pytest.approx(store["model.layers.2.mlp.up_proj"].error, rel=1e-4)
 
 
-def test_pruned_layers_stay_dense_and_say_so(in_memory: Build) -> None:
+def test_pruned_layers_are_stored_as_bitmaps(in_memory: Build) -> None:
     loaded = in_memory("gpt2")
     made = compress(loaded, recipe(schemes=[{"match": "*", "sparsity": {"ratio": 0.5}}], stages=[{"method": "magnitude"}]))
-    assert {(layer.kernel, layer.method) for layer in made.layers} == {("dense", "magnitude")}
-    assert all("stored dense" in layer.reason for layer in made.layers)
-    weight = made.model.transformer.h[1].mlp.c_fc.weight
+    assert {layer.method for layer in made.layers} == {"magnitude"}
+    weight = made.model.transformer.h[1].mlp.c_fc.dequantize()
     assert int((weight == 0).sum()) == weight.numel() // 2
-    assert made.bytes == loaded.anatomy.bytes
+    assert made.bytes < 0.75 * loaded.anatomy.bytes
     assert int((loaded.model.transformer.h[1].mlp.c_fc.weight == 0).sum()) == 0
+
+
+def test_a_few_zeros_are_stored_dense_and_say_so(in_memory: Build) -> None:
+    loaded = in_memory("gpt2")
+    few = 0.02  # a bitmap would cost a bit of every 32-bit weight
+    made = compress(loaded, recipe(schemes=[{"match": "*", "sparsity": {"ratio": few}}], stages=[{"method": "magnitude"}]))
+    assert {layer.kernel for layer in made.layers} == {"dense"} and all("stored dense" in layer.reason for layer in made.layers)
+    assert made.bytes == loaded.anatomy.bytes
+
+
+class Handing(LinearMethod):
+    """Hands over a matrix of another format, ready to be stored."""
+
+    name, title, family, summary, citation = "handing", "Handing", "quantize", "For a test. It costs nothing.", "None."
+    ability = Ability(part="weights", bits=(4, 3), formats=("nf4", "bcq"))
+    wrong: ClassVar[bool] = False
+
+    def apply(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: Any) -> Outcome:
+        assert scheme.weights
+        layout = layout_of(scheme)
+        if self.wrong:
+            layout = TableLayout("fp4", 0)
+        if isinstance(layout, TableLayout):
+            scales, supers = round_scales(weight_NK.abs().amax(1, keepdim=True), layout)
+            packed = pack_table(nearest(weight_NK / scales_of(scales, supers), layout.table), scales, layout, supers)
+        else:
+            alphas = weight_NK.abs().mean(1).bfloat16()[:, None, None].expand(-1, 1, 3)
+            packed = pack_binary((weight_NK > 0)[:, None].expand(-1, 3, -1), alphas, alphas[..., 0] * 0, layout)
+        return Outcome(dequantize(packed), packed=packed)
+
+
+@pytest.mark.parametrize("weights", [{"format": "nf4"}, {"format": "nf4", "double_quant": True}, {"format": "bcq", "bits": 3}])
+def test_a_method_hands_over_any_format(in_memory: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: dict[str, Any]) -> None:
+    monkeypatch.setattr(registry, "all_methods", lambda: {"handing": Handing()})
+    loaded = in_memory("llama")
+    plan = recipe(schemes=[{"match": "*", "weights": {"group_size": "row", **weights}}], stages=[{"method": "handing"}])
+    made = compress(loaded, plan, store=LayerStore(tmp_path))
+    assert made.bytes == size_of(plan, loaded.anatomy).bytes
+    (tmp_path / "recipe.yaml").write_text(plan.to_yaml())
+    assert torch.equal(logits(load_compressed(tmp_path, loaded)), logits(made.model))
+    monkeypatch.setattr(Handing, "wrong", True)
+    with pytest.raises(ValueError, match="handed over"):
+        compress(loaded, plan)
+
+
+def test_rounded_inputs_need_a_packed_matrix_and_change_what_comes_out(in_memory: Build) -> None:
+    loaded, rows = in_memory("llama"), {"bits": 8, "group_size": "row", "symmetric": True}
+    plain = compress(loaded, recipe(schemes=[{"match": "*", "weights": rows}], stages=[{"method": "rtn"}]))
+    made = compress(loaded, recipe(schemes=[{"match": "*", "weights": rows, "activations": {"bits": 8}}], stages=[{"method": "rtn"}]))
+    assert made.bytes == plain.bytes
+    distance = float((logits(made.model) - logits(plain.model)).norm() / logits(plain.model).norm())
+    assert 0 < distance < 0.05
+    with pytest.raises(InputError, match="stays dense"):
+        compress(loaded, recipe(schemes=[{"match": "*", "activations": {"bits": 8}}]))
 
 
 def test_zeros_survive_quantisation(in_memory: Build) -> None:
@@ -316,6 +374,6 @@ def test_a_repair_asks_for_its_statistics(in_memory: Build) -> None:
         compress(in_memory("llama"), recipe(schemes=half, stages=[{"method": "magnitude", "options": options}]), calibration=tokens)
         for options in ({}, {"repair": "least_squares"})
     )
-    weights = [made.model.model.layers[0].mlp.up_proj.weight for made in (plain, repaired)]
+    weights = [made.model.model.layers[0].mlp.up_proj.dequantize() for made in (plain, repaired)]
     assert torch.equal(weights[0] == 0, weights[1] == 0)
     assert not torch.equal(*weights)

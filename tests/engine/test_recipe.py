@@ -231,3 +231,30 @@ def test_what_does_not_fit_the_model_is_a_problem(paper: Callable[..., Anatomy],
 
 def test_an_untied_head_may_have_its_own_width(paper: Callable[..., Anatomy]) -> None:
     assert recipe(head={"bits": 8}, embedding={"bits": 4}).validate_for(paper(tied=False)) == []
+
+
+def test_formats_of_codes_and_their_widths(paper: Callable[..., Anatomy]) -> None:
+    lines = [{"match": "*", "weights": {"bits": 3, "format": "bcq"}}, {"match": "role:v", "weights": {"format": "nf4", "bits": 4}, "activations": {"bits": 8}}]
+    plan = Recipe.from_dict({"model": "m", "schemes": lines})
+    assert plan.validate_for(paper()) == [] and Recipe.from_text(plan.to_yaml()) == plan
+    schemes = list(plan.resolve(paper()).values())
+    assert {(scheme.weights.format, scheme.weights.bits) for scheme in schemes if scheme.weights} == {("bcq", 3), ("nf4", 4)}
+    alone = Recipe.from_dict({"model": "m", "schemes": [{"match": "*", "weights": {"format": "fp4"}}]})
+    assert all(scheme.weights and scheme.weights.bits == 4 for scheme in alone.resolve(paper()).values())
+
+
+@pytest.mark.parametrize(("form", "bits", "right"), [("nf4", 3, "one of 4"), ("bcq", 8, "one of 2, 3, 4"), ("fp4", 8, "one of 4")])
+def test_a_width_that_a_format_has_not(paper: Callable[..., Anatomy], form: str, bits: int, right: str) -> None:
+    for part in ({"weights": {"bits": bits, "format": form}}, {"rank": {"keep": 0.5, "factors": {"bits": bits, "format": form}}}):
+        found = Recipe.from_dict({"model": "m", "schemes": [{"match": "*", **part}]}).validate_for(paper())
+        assert found and f"format {form} has no {bits}-bit" in found[0].wrong and right in found[0].right
+
+
+def test_a_recipe_without_new_fields_keeps_its_digest() -> None:
+    assert Recipe.from_dict({"model": "m", "schemes": [{"match": "*", "weights": {"bits": 4}}]}).digest() == "b2a9d684890fe533"
+
+
+@pytest.mark.parametrize("part", [{"weights": {"format": "int4"}}, {"weights": {"bits": 4, "zero": "none"}}, {"activations": {"bits": 6}}])
+def test_unknown_values_of_new_fields_are_refused(part: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"schemes\[0\]"):
+        Recipe.from_dict({"model": "m", "schemes": [{"match": "*", **part}]})

@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_refused() -> None:
         pack(codes + 16, scales, zeros, layout)
     with pytest.raises(ValueError, match=r"0\.\.15"):
         pack(codes, scales, zeros - 1, layout)
-    with pytest.raises(ValueError, match="groups"):
+    with pytest.raises(ValueError, match="one a row and group"):
         pack(codes, scales[:, :1], zeros, layout)
     with pytest.raises(ValueError, match="zeros"):
         pack(codes, scales, None, layout)

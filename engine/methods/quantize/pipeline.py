@@ -28,7 +28,7 @@ class Codes(NamedTuple):
 
     codes_NK: Tensor  # uint8
     scales_NG: Tensor  # bfloat16
-    zeros_NG: Tensor | None  # uint8
+    zeros_NG: Tensor | None  # uint8; bfloat16 where the scheme's zero is a float
 
 
 class Grid(NamedTuple):
