@@ -50,7 +50,7 @@ def explore() -> None:
     every = POLL_SECONDS if working else None
     part(head, every)(anatomy, run, working)
     settings(anatomy)
-    part(outcome, every)(run, working)
+    st.fragment(outcome, run_every=every)(run, working)  # always a fragment: its panes would be built anew, and jump, if it became one
     equivalent(state.session().recipe)
 
 
@@ -103,12 +103,12 @@ def head(anatomy: Anatomy, run: Run | None, was_working: bool) -> None:
 
 
 def look(run: Run | None, was_working: bool) -> tuple[Status | None, RunView]:
-    """The run's record and view as of now. When it has ended since the page was drawn, the whole page is drawn again."""
+    """The run's record and view as of now. When it has ended or begun again since the page was drawn, the whole page is drawn again."""
     if run is None:
         return None, RunView()
     pump_sometimes()
     status, view = readings.status_of(run), live_panel.view_of(run)
-    if was_working and not status.active:
+    if was_working != status.active:
         st.rerun()
     return status, view
 

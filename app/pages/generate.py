@@ -55,8 +55,8 @@ def generate() -> None:
         buttons(model, stream)
     titles = {DENSE: "Dense"} | runs
     working = stream is not None and stream.open
-    draw = st.fragment(answers, run_every=POLL_SECONDS) if working else answers
-    draw(model, titles, working)
+    every = POLL_SECONDS if working else None
+    st.fragment(answers, run_every=every)(model, titles, working)  # always a fragment: the columns would be built anew, and jump, if it became one
     equivalent(model)
 
 
