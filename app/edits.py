@@ -10,60 +10,12 @@ from typing import Any
 from bitpress.engine.errors import InputError
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme, SchemeLine, Stage, Structure
-from bitpress.engine.targets import matches, pattern_problem
+from bitpress.engine.targets import covered, pattern_of, pattern_problem
 
 DENSE_BITS = 16
 PROTECTED_BITS = 8
 DEFAULT_METHODS = {"prune": "magnitude", "quantize": "rtn"}  # in the order in which they run
 PARTS = ("weights", "sparsity", "rank")
-
-
-_coverage: dict[tuple[str, str], frozenset[str]] = {}
-KEPT_PATTERNS = 4096
-
-
-def covered(pattern: str, anatomy: Anatomy) -> frozenset[str]:
-    """The names of the block linears that a pattern points at. Raises InputError for a pattern that is not understood."""
-    key = (pattern, anatomy.fingerprint)
-    if key not in _coverage:
-        if len(_coverage) >= KEPT_PATTERNS:
-            _coverage.clear()
-        _coverage[key] = frozenset(part.name for part in anatomy.linears if matches(pattern, part, anatomy.blocks))
-    return _coverage[key]
-
-
-def pattern_of(names: Iterable[str], anatomy: Anatomy) -> str:
-    """The shortest pattern that points at exactly these linears: everything, a role, blocks, both, or their names."""
-    wanted = frozenset(names)
-    for pattern in _candidates(wanted, anatomy):
-        if covered(pattern, anatomy) == wanted:
-            return pattern
-    return ", ".join(part.name for part in anatomy.linears if part.name in wanted)
-
-
-def _candidates(wanted: frozenset[str], anatomy: Anatomy) -> Iterable[str]:
-    parts = [part for part in anatomy.linears if part.name in wanted]
-    blocks = sorted({part.block for part in parts if part.block is not None})
-    roles = [role for role in anatomy.roles if any(part.role == role for part in parts)]
-    by_role = ["role:attention", "role:mlp", *([f"role:{roles[0]}"] if len(roles) == 1 else [])]
-    spans = [f"blocks:{span}" for span in _spans(blocks)]
-    yield "*"
-    yield from by_role
-    yield ", ".join(spans)
-    yield ", ".join(f"role:{role}" for role in roles)
-    yield from (", ".join(f"{role} & {span}" for span in spans) for role in by_role)
-    yield ", ".join(f"role:{role} & {span}" for role in roles for span in spans)
-
-
-def _spans(blocks: Sequence[int]) -> list[str]:
-    """Runs of consecutive numbers: 0, 3-5."""
-    runs: list[list[int]] = []
-    for block in blocks:
-        if runs and block == runs[-1][1] + 1:
-            runs[-1][1] = block
-        else:
-            runs.append([block, block])
-    return [str(first) if first == last else f"{first}-{last}" for first, last in runs]
 
 
 def set_weights(recipe: Recipe, pattern: str, anatomy: Anatomy, **fields: Any) -> Recipe:

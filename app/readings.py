@@ -142,10 +142,10 @@ def status_of(run: Run) -> Status:
 
 
 def sensitivity_of(anatomy: Anatomy) -> tuple[dict[str, float], str]:
-    """Score by layer of the last measured sensitivity, activation-weighted at 4 bits where that was measured, and which score it is."""
+    """Score by layer of the last measured sensitivity at 4 bits, the kind nearest to the truth that was measured, and which score it is."""
     found = measured_of(anatomy)
     if found is None:
         return {}, ""
-    kind = next((name for name in found.tables if name == "activation"), next(iter(found.tables)))
+    kind = next((name for name in ("kl", "fisher", "activation") if name in found.tables), next(iter(found.tables)))
     option = next((name for name in found.tables[kind] if name.startswith("4")), next(iter(found.tables[kind])))
     return dict(found.tables[kind][option]), f"{kind.replace('_', ' ')}, {option}"

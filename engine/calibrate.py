@@ -51,7 +51,7 @@ def walk(
     device = next(model.parameters()).device
     dtype = dtype or compute_dtype(device.type)
     blocks = list(get(model, anatomy.block_prefix).children())
-    hidden, calls = _enter(model, anatomy, blocks, [part.to(device) for part in ids_SL.split(batch)], dtype)
+    hidden, calls = enter(model, anatomy, blocks, [part.to(device) for part in ids_SL.split(batch)], dtype)
     for index, block in enumerate(blocks):
         names = {part.name: get(model, part.name) for part in anatomy.of_block(index) if requests.get(part.name)}
         listener = _Listener({name: requests[name] for name in names})
@@ -91,7 +91,7 @@ def computing_in(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> Iter
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """What a block is called with beside the hidden states: masks, rotary tables, positions. The same for every batch of one size."""
 
     args: tuple[Any, ...]
@@ -102,14 +102,14 @@ class _Entered(Exception):
     """Not an error: every block has been reached, and the rest of the forward is not needed."""
 
 
-def _enter(model: nn.Module, anatomy: Anatomy, blocks: list[nn.Module], ids: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[dict[int, _Call]]]:
+def enter(model: nn.Module, anatomy: Anatomy, blocks: list[nn.Module], ids: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[dict[int, Call]]]:
     """The hidden states [B, L, d] that enter block 0, a tensor a batch, and for every block its call by batch size.
 
     The model's own forward runs with stand-ins for the blocks, so whatever it prepares for each block (masks of
     sliding and full layers differ in Gemma) is caught while only the first block computes, once.
     """
     hidden: list[Tensor] = []
-    calls: list[dict[int, _Call]] = [{} for _ in blocks]
+    calls: list[dict[int, Call]] = [{} for _ in blocks]
     with ExitStack() as stack:
         stack.enter_context(computing_in(_outside(model, anatomy, blocks), dtype))
         form: list[Any] = []
@@ -172,15 +172,15 @@ def _standing_in(stand_in: _StandIn) -> Iterator[_StandIn]:
             stand_in.block.forward = own
 
 
-def _parted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
+def _parted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
     """(hidden states, the rest with every cache left out)."""
     rest = {key: None if key in CACHES else value for key, value in kwargs.items() if key != "hidden_states"}
     if "use_cache" in rest:
         rest["use_cache"] = False
-    return (args[0], _Call(args[1:], rest)) if args else (kwargs["hidden_states"], _Call((), rest))
+    return (args[0], Call(args[1:], rest)) if args else (kwargs["hidden_states"], Call((), rest))
 
 
-def _check_same(first: _Call, other: _Call) -> None:
+def _check_same(first: Call, other: Call) -> None:
     """Raise InputError when what a block is given depends on the text: replaying the first batch's would then be wrong."""
     if first is other:
         return
@@ -189,7 +189,7 @@ def _check_same(first: _Call, other: _Call) -> None:
             raise InputError("This model cannot be walked.", "Its blocks read the text itself, not only hidden states.", "Choose another model.")
 
 
-def _tensors(call: _Call) -> list[Tensor]:
+def _tensors(call: Call) -> list[Tensor]:
     values = chain(call.args, call.kwargs.values())
     flat = chain.from_iterable(value if isinstance(value, tuple | list) else (value,) for value in values)
     return [value for value in flat if isinstance(value, Tensor)]
@@ -198,7 +198,7 @@ def _tensors(call: _Call) -> list[Tensor]:
 # Through one block -----------------------------------------------------------------------------------------------
 
 
-def _advance(block: nn.Module, hidden: list[Tensor], calls: dict[int, _Call], dtype: torch.dtype, should_stop: Callable[[], bool], keep: bool) -> None:
+def _advance(block: nn.Module, hidden: list[Tensor], calls: dict[int, Call], dtype: torch.dtype, should_stop: Callable[[], bool], keep: bool) -> None:
     """Run a block on every batch; with `keep` its outputs take the place of its inputs."""
     with computing_in(block.parameters(), dtype):
         for index, x_BLd in enumerate(hidden):

@@ -169,18 +169,62 @@ def measure(target: str, tier: Tier = "quick", text: Text = "auto", latency: Ann
 
 
 @app.command()
-def sensitivity(model: str, text: Text = "auto", force: Force = False, as_json: Json = False, home: Home = None) -> None:
+def sensitivity(model: str, text: Text = "auto", force: Force = False,
+                kind: Annotated[list[str] | None, typer.Option("--kind", help="data_free, activation, fisher (these unless told), kl, kl_without.")] = None,
+                as_json: Json = False, home: Home = None) -> None:  # fmt: skip
     """Measure how much each layer suffers from each option; kept and found again."""
     from bitpress.engine.model.library import model_path
+    from bitpress.engine.sensitivity_file import KINDS
 
     model_path(model)
-    run = _followed(jobs.submit("sensitivity", {"model": model, "text": text, "force": force}))
+    if unknown := sorted(set(kind or ()) - set(KINDS)):
+        raise InputError(f"There is no sensitivity of kind '{unknown[0]}'.", "", f"Kinds are {', '.join(KINDS)}.")
+    run = _followed(jobs.submit("sensitivity", {"model": model, "text": text, "force": force, "kinds": kind or []}))
     report = run.result() or {}
     if as_json:
         _print_json(report)
         return
     worst = sorted(report["scores"], key=lambda score: score["score"], reverse=True)[:20]
     _table([(score["layer"], score["option"], f"{score['score']:.4g}") for score in worst], ("layer", "option", f"score ({report['kind']})"))
+
+
+Budget = Annotated[float | None, typer.Option(min=0.0)]
+
+
+@app.command()
+def allocate(model: str, linear_bits: Budget = None, model_bits: Budget = None, bytes_: Annotated[float | None, typer.Option("--bytes")] = None,
+             perplexity_ratio: Annotated[float | None, typer.Option(help="Predicted perplexity over dense, such as 1.1.")] = None,
+             latency_s: Annotated[float | None, typer.Option(help="Predicted seconds a token, by the kept kernel bench.")] = None,
+             kind: Annotated[str | None, typer.Option("--kind", help="Which sensitivity to spend by.")] = None,
+             tie: Annotated[list[str] | None, typer.Option("--tie", help="qkv or gate_up: the same option for all of them.")] = None,
+             lock: Annotated[list[str] | None, typer.Option("--lock", help="PATTERN=OPTION, such as role:v=8-bit.")] = None,
+             embedding_bits: Annotated[int, typer.Option(help="Width of embedding and head; 0 lets the budget decide.")] = 8,
+             text: Text = "auto", as_json: Json = False, home: Home = None) -> None:  # fmt: skip
+    """The best recipe within one or two budgets, from kept sensitivities; they are measured first where there are none."""
+    from bitpress.engine.allocate_model import allocate_model
+
+    asked = {"linear_bits": linear_bits, "model_bits": model_bits, "bytes": bytes_, "perplexity_ratio": perplexity_ratio, "latency_s": latency_s}
+    budgets = {name: value for name, value in asked.items() if value is not None}
+    if not budgets:
+        raise InputError("No budget was given.", "", "Add one, such as --linear-bits 3.5; `bitpress allocate --help` lists them.")
+    measure = lambda: _followed(jobs.submit("sensitivity", {"model": model, "text": text}))  # noqa: E731
+    found = allocate_model(model, budgets, kind, tie or [], _locks(lock or []), embedding_bits or None, measure)
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    print(found.recipe.to_yaml())
+    print("\n".join(f"# {name}: {_short(value)}" for name, value in found.predicted.items()))
+
+
+def _locks(written: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in written:
+        pattern, equals, option = text.rpartition("=")
+        if not equals or not pattern:
+            raise InputError(f"'{text}' is no lock.", "", "Write PATTERN=OPTION, such as role:v=8-bit.")
+        if found.setdefault(pattern, option) != option:
+            raise InputError(f"'{pattern}' is locked twice.", f"Once to {found[pattern]}, once to {option}.", "Keep one of them.")
+    return found
 
 
 @app.command()
@@ -320,9 +364,11 @@ def bench(what: Annotated[str, typer.Argument(help="kernels or decode")], model:
           quick: Annotated[bool, typer.Option("--quick", help="Under 45 s.")] = False, as_json: Json = False, home: Home = None) -> None:  # fmt: skip
     """Time the kernels, or the decode loop of a model, on this machine."""
     if what == "kernels":
+        from bitpress.engine.latency_table import keep
         from bitpress.kernels.bench import kernel_table
 
         report = kernel_table(quick)
+        keep(report)
     elif what == "decode":
         from bitpress.engine.decode_bench import decode_table
 

@@ -1,8 +1,9 @@
 """Kept sensitivity measurements: the record and the file of one. Knows JSON; measures nothing and imports no torch.
 
-`sensitivity/<model>-<digest>.json`, version 1: `{v, digest, model, fingerprint, kinds, text, tokens_sha256, protocol,
-options: [{id, scheme}], seconds, scores: [{layer, option, kind, score}]}`. A score is a harm: 0 is none, and both kinds
-are squared errors relative to what was there.
+`sensitivity/<model>-<digest>.json`, version 2: `{v, digest, model, fingerprint, kinds, text, tokens_sha256, protocol,
+options: [{id, scheme}], seconds_of, scores: [{layer, option, kind, score}]}`; a kind that is measured later joins the same file.
+A score is a harm: 0 is none. `data_free` and `activation` are squared errors relative to what was there; `fisher`, `kl` and
+`kl_without` are nats of KL divergence a token.
 """
 
 import os
@@ -15,9 +16,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bitpress.engine.home import sensitivity_dir
 from bitpress.engine.recipe import Scheme, SparsityScheme, WeightScheme
 
-VERSION = 1
-DATA_FREE, ACTIVATION = "data_free", "activation"
-KINDS = (DATA_FREE, ACTIVATION)
+VERSION = 2
+DATA_FREE, ACTIVATION, FISHER, KL, KL_WITHOUT = "data_free", "activation", "fisher", "kl", "kl_without"
+KINDS = (DATA_FREE, ACTIVATION, FISHER, KL, KL_WITHOUT)
+QUICK_KINDS = (DATA_FREE, ACTIVATION, FISHER)
+NATS = (FISHER, KL, KL_WITHOUT)  # kinds whose scores are KL divergences in nats a token
+NEED_TEXT = (ACTIVATION, *NATS)
+DROP = "drop"  # what is done to a whole block; its layer is the block's name
 
 
 class Option(BaseModel):
@@ -32,7 +37,9 @@ class Option(BaseModel):
 OPTIONS = (
     *(Option(id=f"{bits}-bit", scheme=Scheme(weights=WeightScheme(bits=bits, group_size=64))) for bits in (8, 4, 3, 2)),
     Option(id="50%", scheme=Scheme(sparsity=SparsityScheme(ratio=0.5))),
+    Option(id="2:4", scheme=Scheme(sparsity=SparsityScheme(ratio=0.5, pattern="2:4"))),
 )
+EMBEDDING_BITS = (8, 4)  # widths at which the embedding and its tied head are scored
 
 
 class Score(BaseModel):
@@ -47,19 +54,24 @@ class Score(BaseModel):
 
 
 class SensitivityReport(BaseModel):
-    """One measurement of a whole model. `protocol` says in one line how it was made."""
+    """The measurements of a whole model on one text. `kinds` are those that are complete; `protocol` says in one line how they were made."""
 
     v: int = VERSION
     digest: str
     model: str
     fingerprint: str
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
     text: str
     tokens_sha256: str
     protocol: str
     options: tuple[Option, ...]
-    seconds: float = 0.0
+    seconds_of: dict[str, float] = {}
     scores: list[Score] = []
+
+    @property
+    def seconds(self) -> float:
+        """What all of it took."""
+        return sum(self.seconds_of.values())
 
     @property
     def path(self) -> Path:
@@ -68,23 +80,24 @@ class SensitivityReport(BaseModel):
 
     @property
     def kind(self) -> str:
-        """The kind to rank by: the one that looked at text, where it was measured."""
-        return ACTIVATION if ACTIVATION in self.kinds else self.kinds[0]
+        """The kind to rank by: the truth where it was measured, else the nearest to it."""
+        return next(kind for kind in (KL, FISHER, ACTIVATION, DATA_FREE, KL_WITHOUT) if kind in self.kinds)
 
     def table(self, kind: str | None = None) -> dict[str, dict[str, float]]:
-        """Option -> layer -> score, of one kind."""
+        """Option -> layer -> score, of one kind. Whole blocks stand under `drop`."""
         wanted = kind or self.kind
         found: dict[str, dict[str, float]] = {option.id: {} for option in self.options}
         for score in self.scores:
             if score.kind == wanted:
-                found[score.option][score.layer] = score.score
+                found.setdefault(score.option, {})[score.layer] = score.score
         return found
 
     def to_dict(self) -> dict[str, Any]:
         """The document of the command line: `scores` are of `kind`, the rest stand in `other_kinds`."""
         by_kind = {kind: [score.model_dump(exclude={"kind"}) for score in self.scores if score.kind == kind] for kind in self.kinds}
         main = {"digest": self.digest, "kind": self.kind, "seconds": round(self.seconds, 2), "scores": by_kind.pop(self.kind)}
-        return {**main, "other_kinds": by_kind, "model": self.model, "protocol": self.protocol}
+        rest = {"model": self.model, "protocol": self.protocol, "seconds_of": {kind: round(spent, 2) for kind, spent in self.seconds_of.items()}}
+        return {**main, "other_kinds": by_kind, **rest}
 
     def save(self, path: Path | None = None) -> Path:
         """Write the file whole or not at all."""

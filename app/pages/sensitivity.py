@@ -23,13 +23,22 @@ from bitpress.engine.runs.store import Store
 
 MAP = "sensitivity-map"
 TABLE = "sensitivity-table"
-KINDS = {"data_free": "Weights only", "activation": "Weighted by activations"}
+KINDS = {
+    "data_free": "Weights only", "activation": "Weighted by activations", "fisher": "Divergence, estimated", "kl": "Divergence, measured",
+    "kl_without": "Left dense, measured",
+}  # fmt: skip
 KIND_HELP = (
     "Weights only: squared error of the weights themselves over their squared size; no text needed. Weighted by activations: the same with each input "
-    "weighted by its mean square on calibration text, which is the expected squared error of the output. Both rank layers; neither is a change in perplexity."
+    "weighted by its mean square on calibration text. Divergence: KL divergence of the model's predictions from the dense model's, in nats a token, with this "
+    "layer alone changed: estimated to second order from one backward, or measured layer by layer. Left dense: how much divergence is saved by leaving "
+    "this layer dense when all others are changed. None of them knows how the harms of several layers add up."
 )
-HARMS = {"data_free": "Relative squared error of the weights", "activation": "Relative squared error of the output"}
-CALIBRATION_TOKENS = 8 * 512
+HARMS = {
+    "data_free": "Relative squared error of the weights", "activation": "Relative squared error of the output",
+    "fisher": "KL divergence, nat a token (estimated)", "kl": "KL divergence, nat a token", "kl_without": "KL divergence saved, nat a token",
+}  # fmt: skip
+PREFERRED_KINDS = ("kl", "fisher", "activation")
+CALIBRATION_TOKENS = 8 * 256
 SPANS = {"this": "This option", "all": "All options"}
 MORE_BITS, FEWER_BITS = (8, 6, 5), (3, 2, 4)
 TABLE_HEIGHT = 330
@@ -94,7 +103,7 @@ def engine_box(anatomy: Anatomy, measured: Measured | None, run_id: str | None, 
         "Measure again" if again else "Measure", key="measure", type="secondary" if again else "primary", shortcut="Ctrl+Enter",
         icon=":material/thermostat:", width="stretch", on_click=told(partial(submit, anatomy.model, again)),
     )  # fmt: skip
-    st.caption(f"{len(anatomy.linears)} matrices × 5 options × 2 scores, about {duration(max(1.0, seconds))}")
+    st.caption(f"{len(anatomy.linears)} matrices × 6 options × 3 scores, about {duration(max(1.0, seconds))}")
 
 
 def submit(model: str, again: bool) -> None:
@@ -162,8 +171,9 @@ def choosers(measured: Measured) -> tuple[str, str, str]:
     """Score kind, option, and what the colours span; all three are part of the link."""
     kinds = list(measured.tables)
     with st.container(horizontal=True, gap="medium"):
+        usual = next((kind for kind in PREFERRED_KINDS if kind in kinds), kinds[0])
         kind = st.segmented_control(
-            "Harm by", kinds, default=kinds[-1], format_func=lambda name: KINDS.get(name, name), key="score", required=True, bind="query-params", help=KIND_HELP
+            "Harm by", kinds, default=usual, format_func=lambda name: KINDS.get(name, name), key="score", required=True, bind="query-params", help=KIND_HELP
         )
         options = list(measured.tables[kind])
         preferred = next((name for name in options if name.startswith("4")), options[0])

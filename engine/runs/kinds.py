@@ -141,13 +141,13 @@ def measure(task: Task) -> None:
 
 
 def sensitivity(task: Task) -> None:
-    """Score every layer under every option. Args: `model`, `text` (default auto), `force`; `kinds` without activation needs no text."""
+    """Score every layer under every option. Args: `model`, `text` (default auto), `force`, `kinds` (default the quick ones)."""
     from bitpress.engine import sensitivity as engine
 
     loaded = _loaded(task, task.args["model"])
-    kinds, force = tuple(task.args.get("kinds") or engine.KINDS), bool(task.args.get("force"))
-    if engine.ACTIVATION in kinds:
-        report = engine.measure_on_text(loaded, task.args.get("text") or "auto", force, task.emit, task.should_stop)
+    kinds, force = tuple(task.args.get("kinds") or engine.QUICK_KINDS), bool(task.args.get("force"))
+    if set(kinds) & set(engine.NEED_TEXT):
+        report = engine.measure_on_text(loaded, task.args.get("text") or "auto", force, task.emit, task.should_stop, kinds)
     else:
         report = engine.measure_sensitivity(loaded, None, kinds=kinds, emit=task.emit, should_stop=task.should_stop, force=force)
     task.record(digest=report.digest)

@@ -39,7 +39,7 @@ def measured(app_home: Path, anatomy: Anatomy) -> SensitivityReport:
     ]
     report = SensitivityReport(
         digest="d" * 16, model=anatomy.model, fingerprint=anatomy.fingerprint, kinds=KINDS, text="stories", tokens_sha256="0",
-        protocol="stories/calibration, 8 sequences of 256", options=OPTIONS, seconds=12.0, scores=scores,
+        protocol="stories/calibration, 8 sequences of 256", options=OPTIONS, seconds_of={"activation": 12.0}, scores=scores,
     )  # fmt: skip
     report.save()
     return report
@@ -161,7 +161,7 @@ def test_typical_range_of_a_group_is_the_median_of_its_largest() -> None:
 def test_before_measuring_the_page_says_what_to_press_and_how_long_it_takes(app_root: Path, app_home: Path) -> None:
     app = open_page(app_root)
     assert "Press Measure" in said(app)
-    assert "42 matrices × 5 options × 2 scores, about" in said(app)
+    assert "42 matrices × 6 options × 3 scores, about" in said(app)
     assert button(app, "measure").label == "Measure"
 
 

@@ -1,5 +1,6 @@
 """Sensitivity: scores by their definition, kept once, resumed after a stop, read without torch."""
 
+import math
 import os
 import subprocess
 import sys
@@ -10,23 +11,27 @@ from typing import Any
 import pytest
 import torch
 
+from bitpress.engine import sensitivity_fisher, sensitivity_truth
 from bitpress.engine.errors import Cancelled, InputError
 from bitpress.engine.home import sensitivity_dir
 from bitpress.engine.methods.quantize.pipeline import dequantize_groups, quantize_groups
+from bitpress.engine.model import surgery
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.recipe import WeightScheme
-from bitpress.engine.sensitivity import measure_on_text, measure_sensitivity
-from bitpress.engine.sensitivity_file import ACTIVATION, DATA_FREE, OPTIONS, find, read
+from bitpress.engine.sensitivity import made_of, measure_on_text, measure_sensitivity
+from bitpress.engine.sensitivity_file import ACTIVATION, DATA_FREE, DROP, FISHER, KL, KL_WITHOUT, OPTIONS, QUICK_KINDS, find, read
 
 Build = Callable[..., Loaded]
 IDS = torch.arange(36).view(3, 12) * 11 % 320
 pytestmark = pytest.mark.usefixtures("bitpress_home")
 
 
-def test_scores_are_what_their_definition_says(in_memory: Build) -> None:
+@pytest.mark.parametrize("kinds", [(DATA_FREE, ACTIVATION), QUICK_KINDS], ids=["by a walk", "by a backward"])
+def test_scores_are_what_their_definition_says(in_memory: Build, kinds: tuple[str, ...]) -> None:
+    scores_of = {DATA_FREE: 21 * 6, ACTIVATION: 21 * 6, FISHER: 21 * 6 + 3 + 2}
     loaded = in_memory("llama")
-    report = measure_sensitivity(loaded, IDS)
-    assert len(report.scores) == 21 * 5 * 2
+    report = measure_sensitivity(loaded, IDS, kinds=kinds)
+    assert len(report.scores) == sum(scores_of[kind] for kind in kinds)
     heard: list[torch.Tensor] = []
     layer = loaded.model.model.layers[1].mlp.down_proj
     with torch.no_grad():
@@ -39,7 +44,7 @@ def test_scores_are_what_their_definition_says(in_memory: Build) -> None:
     name = "model.layers.1.mlp.down_proj"
     assert report.table(DATA_FREE)["3-bit"][name] == pytest.approx(float(difference.square().sum() / layer.weight.double().square().sum()), rel=1e-4)
     expected = float((difference.square() * moment).sum() / (layer.weight.double().square() * moment).sum())
-    assert report.table(ACTIVATION)["3-bit"][name] == pytest.approx(expected, rel=1e-3)
+    assert report.table(ACTIVATION)["3-bit"][name] == pytest.approx(expected, rel=5e-3)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "phi", "custom"])
@@ -50,13 +55,16 @@ def test_fewer_bits_hurt_more_in_every_layer_of_every_family(in_memory: Build, a
         table = report.table(kind)
         for part in loaded.anatomy.linears:
             assert 0 < table["8-bit"][part.name] < table["4-bit"][part.name] < table["3-bit"][part.name] < table["2-bit"][part.name]
-            assert 0 < table["50%"][part.name] < 0.5
+            assert 0 < table["50%"][part.name] < table["2:4"][part.name]
+    table = report.table(FISHER)  # random probes: only what is far apart keeps its order in every layer
+    assert all(0 < table["8-bit"][part.name] < table["2-bit"][part.name] for part in loaded.anatomy.linears)
 
 
 def test_it_is_measured_once_and_kept_by_model_and_tokens(in_memory: Build) -> None:
     loaded, told = in_memory("llama"), []
     first = measure_sensitivity(loaded, IDS, emit=lambda kind, data: told.append((kind, data)))
     assert [data["done"] for kind, data in told if kind == "progress"] == list(range(1, 22))
+    assert set(first.seconds_of) == set(QUICK_KINDS)
     again: list[Any] = []
     assert measure_sensitivity(loaded, IDS, emit=lambda *said: again.append(said)) == first
     assert again == []
@@ -87,7 +95,7 @@ def test_the_file_is_found_without_torch(in_memory: Build, bitpress_home: Path) 
     assert find("0" * 64) is None
     code = "import sys\nfrom bitpress.engine.sensitivity_file import find\nprint(len(find(sys.argv[1]).scores), 'torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code, report.fingerprint], capture_output=True, text=True, check=True, timeout=60).stdout
-    assert said.split() == ["210", "False"]
+    assert said.split() == [str(len(report.scores)), "False"]
     report.path.write_text("{")
     assert find(report.fingerprint) is None
 
@@ -95,8 +103,8 @@ def test_the_file_is_found_without_torch(in_memory: Build, bitpress_home: Path) 
 def test_the_document_has_the_stable_keys(in_memory: Build) -> None:
     shown = measure_sensitivity(in_memory("llama"), IDS).to_dict()
     assert {"digest", "kind", "seconds", "scores"} <= set(shown)
-    assert shown["kind"] == ACTIVATION
-    assert len(shown["scores"]) == len(shown["other_kinds"][DATA_FREE]) == 105
+    assert shown["kind"] == FISHER
+    assert len(shown["other_kinds"][ACTIVATION]) == len(shown["other_kinds"][DATA_FREE]) == 126
     assert set(shown["scores"][0]) == {"layer", "option", "score"}
 
 
@@ -122,3 +130,88 @@ def test_a_text_of_ones_own_can_be_listened_to(tiny_llama_dir: Path, story: str,
     report = measure_on_text(loaded, str(text))
     assert "128 tokens of" in report.protocol, "512 tokens are cut to the model's context"
     assert report.tokens_sha256
+
+
+# Divergence: to second order, and itself ---------------------------------------------------------------------------
+
+
+def logits_of(loaded: Loaded) -> torch.Tensor:
+    with torch.no_grad():
+        return loaded.model(input_ids=IDS).logits.double().log_softmax(-1)
+
+
+def divergence(dense: torch.Tensor, other: torch.Tensor) -> float:
+    return float((dense.exp() * (dense - other)).sum(-1).mean())
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards in float32, so that a comparison is not of bfloat16's noise."""
+    for module in (sensitivity_truth, sensitivity_fisher):
+        monkeypatch.setattr(module, "compute_dtype", lambda device: torch.float32)
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("architecture", ["llama", "llama_untied", "gpt2", "gemma2", "custom"])
+def test_cached_prefixes_give_what_plain_forwards_give(in_memory: Build, architecture: str) -> None:
+    loaded = in_memory(architecture)
+    dense, option = logits_of(loaded), OPTIONS[3]
+    prefixes = sensitivity_truth.Prefixes(loaded.model, loaded.anatomy, IDS, batch=2)
+    with prefixes.open():
+        prefixes.take()
+        prefixes.refer()
+        assert prefixes.kl_plain() == pytest.approx(0.0, abs=1e-7)
+        for part in loaded.anatomy.linears:
+            module = surgery.get(loaded.model, part.name)
+            made = made_of(surgery.linear_weight(module).detach(), option.scheme)
+            with sensitivity_truth.changed(module, made):
+                found = prefixes.kl_from(part.block or 0)
+                assert found == pytest.approx(prefixes.kl_plain(), rel=1e-5, abs=1e-9)
+                assert found == pytest.approx(divergence(dense, logits_of(loaded)), rel=1e-3)
+    assert torch.equal(dense, logits_of(loaded)), "the model is left as it was"
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("architecture", ["llama", "llama_untied", "gpt2", "gemma2", "custom"])
+def test_one_backward_foretells_the_divergence(in_memory: Build, architecture: str) -> None:
+    report = measure_sensitivity(in_memory(architecture), torch.arange(256).view(4, 64) * 11 % 319, kinds=(FISHER, KL))
+    assert {(score.layer, score.option) for score in report.scores if score.kind == FISHER} == {
+        (score.layer, score.option) for score in report.scores if score.kind == KL
+    }
+    pairs = [(told, report.table(KL)[option][layer]) for option in ("4-bit", "3-bit") for layer, told in report.table(FISHER)[option].items()]
+    told, true = (torch.tensor(column).clamp_min(1e-12).log() for column in zip(*pairs, strict=True))
+    assert float((told - true).median().abs()) < math.log(1.6)
+    assert float(torch.corrcoef(torch.stack([told, true]))[0, 1]) > 0.85
+
+
+@pytest.mark.usefixtures("exact")
+def test_whole_blocks_and_layers_left_dense(in_memory: Build) -> None:
+    loaded = in_memory("llama")
+    dense = logits_of(loaded)
+    report = measure_sensitivity(loaded, IDS, options=OPTIONS[2:3], kinds=(KL, KL_WITHOUT))
+    assert set(report.table(KL)[DROP]) == {f"model.layers.{block}" for block in range(3)}
+    scheme, layers = OPTIONS[2].scheme, {part.name: surgery.get(loaded.model, part.name) for part in loaded.anatomy.linears}
+    made = {module: made_of(module.weight.detach(), scheme) for module in layers.values()}
+    with sensitivity_truth.all_changed(made):
+        whole = divergence(dense, logits_of(loaded))
+    name, module = "model.layers.1.mlp.down_proj", layers["model.layers.1.mlp.down_proj"]
+    with sensitivity_truth.all_changed({other: weight for other, weight in made.items() if other is not module}):
+        rest = divergence(dense, logits_of(loaded))
+    assert report.table(KL_WITHOUT)["3-bit"][name] == pytest.approx(whole - rest, rel=1e-2, abs=1e-6)
+
+
+def test_a_later_kind_joins_the_file_and_a_stopped_one_goes_on(in_memory: Build) -> None:
+    loaded = in_memory("llama")
+    first = measure_sensitivity(loaded, IDS)
+    asked = iter(range(1000))
+    with pytest.raises(Cancelled):
+        measure_sensitivity(loaded, IDS, kinds=(KL,), should_stop=lambda: next(asked) >= 60)
+    assert find(loaded.anatomy.fingerprint, (KL,)) is None
+    seen: list[int] = []
+    both = measure_sensitivity(loaded, IDS, kinds=(KL, FISHER), emit=lambda kind, data: seen.append(data.get("done", 0)))
+    assert seen[1] == 43, "the first block's 42 scores were kept"
+    assert set(both.kinds) == {*QUICK_KINDS, KL}
+    assert both.path == first.path
+    again = measure_sensitivity(loaded, IDS, kinds=(KL,), force=True)
+    assert {(s.layer, s.option, s.kind): s.score for s in again.scores} == pytest.approx({(s.layer, s.option, s.kind): s.score for s in both.scores})
+    assert sorted((s.layer, s.option) for s in both.scores if s.kind == KL) == sorted((s.layer, s.option) for s in again.scores if s.kind == KL)

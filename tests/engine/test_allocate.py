@@ -1,0 +1,178 @@
+"""Budgets on paper models: exact bytes, ties, locks, two budgets, refusals that name the nearest feasible, reasons, and no torch."""
+
+import itertools
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from bitpress.engine.accounting import size_of
+from bitpress.engine.allocate import allocate, frontier, reasons
+from bitpress.engine.choices import Choices, choices_of
+from bitpress.engine.errors import InputError
+from bitpress.engine.latency_table import LatencyTable
+from bitpress.engine.model.anatomy import Anatomy
+from bitpress.engine.recipe import Recipe, Stage
+from bitpress.engine.sensitivity_file import DATA_FREE, FISHER, OPTIONS, Score, SensitivityReport
+
+HARM = {"8-bit": 1e-5, "4-bit": 4e-3, "3-bit": 2e-2, "2-bit": 0.12, "50%": 0.06, "2:4": 0.1}
+
+
+def report_of(anatomy: Anatomy, seed: int = 0, kind: str = FISHER) -> SensitivityReport:
+    rng = np.random.default_rng(seed)
+    weight = {part.name: float(rng.lognormal(0, 1)) for part in anatomy.linears}
+    harms = {(name, option): harm * w * float(rng.lognormal(0, 0.2)) for name, w in weight.items() for option, harm in HARM.items()}
+    scores = [Score(layer=name, option=option, kind=kind, score=harm) for (name, option), harm in harms.items()]
+    scores += [Score(layer=anatomy.embedding.name, option=option, kind=kind, score=harm) for option, harm in (("8-bit", 1e-4), ("4-bit", 0.3))]
+    scores.append(Score(layer="model.layers.0", option="drop", kind=kind, score=3.0))
+    return SensitivityReport(
+        digest="0" * 16, model=anatomy.model, fingerprint=anatomy.fingerprint, kinds=(kind,), text="wiki", tokens_sha256="", protocol="made up",
+        options=OPTIONS, scores=scores,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def anatomy(paper: Callable[..., Anatomy]) -> Anatomy:
+    return paper(blocks=4)
+
+
+@pytest.fixture
+def choices(anatomy: Anatomy) -> Choices:
+    return choices_of(anatomy, report_of(anatomy), FISHER)
+
+
+@pytest.mark.parametrize("budget", [{"linear_bits": 3.5}, {"model_bits": 5.0}, {"bytes": 100_000}, {"linear_bits": 16.0}])
+def test_a_budget_is_kept_and_what_is_predicted_is_what_the_recipe_stores(choices: Choices, budget: dict[str, float]) -> None:
+    found = allocate(choices, budget)
+    size = size_of(found.recipe, choices.anatomy)
+    assert found.recipe.validate_for(choices.anatomy) == []
+    assert (found.predicted["bytes"], found.predicted["bits_per_weight_linears"]) == (size.bytes, size.bits_per_weight_linears)
+    kept = {"linear_bits": size.bits_per_weight_linears, "model_bits": 8 * size.bytes / choices.anatomy.params, "bytes": size.bytes}
+    (kind,) = budget
+    assert kept[kind] <= budget[kind] * (1 + 1e-9)
+    by_id = {option.id: option.scheme for option in choices.options}
+    assert found.recipe.resolve(choices.anatomy) == {name: by_id[option] for name, option in found.options.items()}
+    harms = [choices.harm_IJ[item, found.choice[item]] for item in range(len(choices.items))]
+    assert found.predicted["kl"] == pytest.approx(sum(harms))
+    assert found.predicted["perplexity_ratio"] == pytest.approx(math.exp(sum(harms)))
+
+
+def test_it_is_better_than_uniform_and_equals_trying_everything(paper: Callable[..., Anatomy]) -> None:
+    anatomy = paper(blocks=1)
+    table = choices_of(anatomy, report_of(anatomy), FISHER, ties=("qkv", "gate_up"))
+    assert [len(layers) for layers in table.items] == [3, 1, 2, 1]
+    limit = 3.5 * anatomy.linear_params / 8
+    rows = np.arange(4)
+    tried = [
+        table.harm_IJ[rows, pick].sum()
+        for pick in map(list, itertools.product(range(len(table.options)), repeat=4))
+        if table.linear_bytes_IJ[rows, pick].sum() <= limit
+    ]
+    found = allocate(table, {"linear_bits": 3.5})
+    assert found.predicted["kl"] == pytest.approx(min(tried))
+    assert len({found.options[f"model.layers.0.self_attn.{role}_proj"] for role in "qkv"}) == 1
+    uniform = frontier(table).uniform["3-bit"]
+    assert allocate(table, {"linear_bits": uniform.linear_bits}).predicted["kl"] <= uniform.harm
+
+
+def test_two_budgets_and_a_budget_of_quality(choices: Choices) -> None:
+    alone = allocate(choices, {"perplexity_ratio": 1.1})
+    assert alone.predicted["perplexity_ratio"] <= 1.1
+    again = allocate(choices, {"bytes": alone.predicted["bytes"]})
+    assert again.predicted["kl"] <= alone.predicted["kl"] + 1e-12
+    assert allocate(choices, {"bytes": alone.predicted["bytes"] - 1}).predicted["perplexity_ratio"] > 1.1, "nothing smaller is as good"
+    timed = LatencyTable({(bits, 64, 64): (bits * 1e-6, 64 * 64 * bits // 8) for bits in (2, 3, 4, 8, 16)})
+    free = allocate(choices, {"linear_bits": 4.0}, latency=timed)
+    both = allocate(choices, {"linear_bits": 4.0, "latency_s": free.predicted["latency_s"] * 0.9}, latency=timed)
+    assert both.predicted["latency_s"] <= free.predicted["latency_s"] * 0.9
+    assert both.predicted["kl"] >= free.predicted["kl"]
+
+
+def test_locks_hold_and_the_base_keeps_its_stages(anatomy: Anatomy) -> None:
+    table = choices_of(anatomy, report_of(anatomy), FISHER, locks={"role:v": "8-bit", "blocks:last1 & role:down": "dense"})
+    base = Recipe(model="any", seed=3, stages=[Stage(method="gptq")])
+    found = allocate(table, {"linear_bits": 4.0}, base)
+    assert {found.options[f"model.layers.{block}.self_attn.v_proj"] for block in range(4)} == {"8-bit"}
+    assert found.recipe.resolve(anatomy)["model.layers.3.mlp.down_proj"].is_dense
+    assert (found.recipe.stages, found.recipe.seed, found.recipe.model) == (base.stages, 3, "paper")
+    assert found.predicted["bits_per_weight_linears"] <= 4.0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_embedding_can_be_left_to_the_budget(paper: Callable[..., Anatomy], tied: bool) -> None:
+    anatomy = paper(blocks=4, tied=tied)
+    table = choices_of(anatomy, report_of(anatomy), FISHER, embedding_bits=None)
+    small, large = allocate(table, {"bytes": 90_000.0}), allocate(table, {"bytes": float(anatomy.bytes)})
+    assert small.recipe.embedding is not None
+    assert small.recipe.embedding.bits in (8, 4)
+    assert large.recipe.embedding is None
+    for found in (small, large):
+        stored = table.bytes_IJ[np.arange(len(table.items)), found.choice].sum() + table.rest_bytes
+        assert found.predicted["bytes"] == size_of(found.recipe, anatomy).bytes == stored
+
+
+def test_what_cannot_be_is_refused_with_the_nearest_that_can(anatomy: Anatomy, choices: Choices) -> None:
+    with pytest.raises(InputError, match=r"the least is (\d+\.\d+) bits") as refused:
+        allocate(choices, {"linear_bits": 1.0})
+    nearest = float(refused.value.why.split("least is ")[1].split()[0])
+    assert allocate(choices, {"linear_bits": nearest}).predicted["bits_per_weight_linears"] <= nearest
+    with pytest.raises(InputError, match=r"above dense.*Dense takes 16 bits"):
+        allocate(choices, {"linear_bits": 17.0})
+    with pytest.raises(InputError, match=f"Dense takes {anatomy.bytes:,} bytes"):
+        allocate(choices, {"bytes": 1e9})
+    with pytest.raises(InputError, match="cannot both be met") as both:
+        allocate(choices, {"linear_bits": 2.4, "perplexity_ratio": 1.01})
+    least = float(both.value.why.split("the first is ")[1].split()[0])
+    assert allocate(choices, {"linear_bits": least, "perplexity_ratio": 1.01}).predicted["bits_per_weight_linears"] <= least
+    with pytest.raises(InputError, match="bench kernels"):
+        allocate(choices, {"latency_s": 0.01})
+    with pytest.raises(InputError, match="no budget 'joules'"):
+        allocate(choices, {"joules": 1.0})
+    with pytest.raises(InputError, match="not a number"):
+        allocate(choices, {"bytes": math.nan})
+    with pytest.raises(InputError, match="needs scores in nats"):
+        allocate(choices_of(anatomy, report_of(anatomy, kind=DATA_FREE), DATA_FREE), {"perplexity_ratio": 1.1})
+
+
+def test_locks_that_conflict_are_named(anatomy: Anatomy) -> None:
+    report = report_of(anatomy)
+    with pytest.raises(InputError, match=r"locked twice.*asks for 8-bit.*2-bit"):
+        choices_of(anatomy, report, FISHER, locks={"role:v": "8-bit", "blocks:0": "2-bit"})
+    with pytest.raises(InputError, match=r"are tied.*8-bit and 4-bit.*untie"):
+        choices_of(anatomy, report, FISHER, ties=("qkv",), locks={"role:q": "8-bit", "role:k": "4-bit"})
+    with pytest.raises(InputError, match="no option"):
+        choices_of(anatomy, report, FISHER, locks={"*": "9-bit"})
+    with pytest.raises(InputError, match=r"matches none|There is no role"):
+        choices_of(anatomy, report, FISHER, locks={"role:qkv": "8-bit"})
+    with pytest.raises(InputError, match="no tie 'all'"):
+        choices_of(anatomy, report, FISHER, ties=("all",))
+    with pytest.raises(InputError, match="No sensitivity of kind 'kl'"):
+        choices_of(anatomy, report, "kl")
+    locked = choices_of(anatomy, report, FISHER, locks={"*": "8-bit"})
+    with pytest.raises(InputError, match=r"the least is 8\.\d+ bits"):
+        allocate(locked, {"linear_bits": 4.0})
+
+
+def test_the_frontier_holds_the_allocations_and_the_reasons_add_up(choices: Choices) -> None:
+    curve = frontier(choices)
+    assert len(curve.points) > 40
+    point = curve.points[len(curve.points) // 2]
+    there = curve.at(point.step)
+    assert (there.predicted["bytes"], there.predicted["kl"]) == (point.bytes, pytest.approx(point.harm))
+    assert there.predicted["bits_per_weight_linears"] == pytest.approx(point.linear_bits)
+    assert allocate(choices, {"bytes": point.bytes}).predicted["kl"] == pytest.approx(point.harm)
+    assert set(curve.uniform) == set(HARM)
+    for layer in ("model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"):
+        why = reasons(choices, there, layer)
+        assert [reason.bytes for reason in why] == sorted((reason.bytes for reason in why), reverse=True)
+        (chosen,) = [reason for reason in why if reason.chosen]
+        assert chosen.option == there.options[layer]
+        assert chosen.priced <= min(reason.priced for reason in why) * (1 + 1e-9)
+
+
+def test_allocation_needs_no_torch() -> None:
+    code = "import sys\nimport bitpress.engine.allocate_model\nprint('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout.strip() == "False"
