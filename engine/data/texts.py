@@ -100,7 +100,7 @@ def _user_sample(path: Path, part: Part) -> TextSample:
     text = part_text(user_text.read_documents(path), part)
     if not text:
         why = "Whole passages are dealt to calibration, search and evaluation; none of this file's went there."
-        raise InputError(f"{path.name} is too short for a {part} part.", why, "Give a longer text.")
+        raise InputError(f"{path.name} is too short: it has no part for {part}.", why, "Give a longer text.")
     return _sample(text, path.name, part, f"file {path.name}", "the person's own", "blank line between documents")
 
 

@@ -16,6 +16,17 @@ def is_path(text_id: str) -> bool:
     return text_id.lower().endswith(SUFFIXES)
 
 
+def stamped(text_id: str) -> str:
+    """A text id that names the content too: a file of the person's own gets its size and time of change, so that an edited one is another text."""
+    if not is_path(text_id):
+        return text_id
+    try:
+        found = Path(text_id).expanduser().stat()
+    except OSError:
+        return text_id
+    return f"{text_id}#{found.st_size}-{found.st_mtime_ns}"
+
+
 def read_documents(path: Path) -> list[str]:
     """The documents of the file: passages of a .txt, the `text` field of each row of a .jsonl or .parquet.
 

@@ -37,10 +37,10 @@ class Facts(BaseModel):
 
 
 def allowed_roots() -> list[Path]:
-    """Folders that paths may lie in: `BITPRESS_ROOTS` (colon-separated), else the home folder and Bitpress's uploads."""
+    """Folders that paths may lie in: `BITPRESS_ROOTS` (colon-separated), else the home folder; and Bitpress's own uploads."""
     chosen = [part for part in os.environ.get("BITPRESS_ROOTS", "").split(":") if part]
-    roots = [Path(part).expanduser() for part in chosen] or [Path.home(), home() / "uploads"]
-    return [root.resolve() for root in roots]
+    roots = [Path(part).expanduser() for part in chosen] or [Path.home()]
+    return [root.resolve() for root in (*roots, home() / "uploads")]
 
 
 def confined(path: str | Path) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from bitpress.engine.data.user_text import stamped
 from bitpress.engine.errors import BitpressError, InputError
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import Recipe
@@ -51,7 +52,7 @@ def compress_digest(recipe: Recipe) -> str | None:
 
 def digest_of(recipe: Recipe, fingerprint: str, text: str) -> str:
     """16 hex digits over all that decides a compress run's metrics but the machine."""
-    return hashlib.sha256(json.dumps([recipe.digest(), fingerprint, text]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([recipe.digest(), fingerprint, stamped(text)]).encode()).hexdigest()[:16]
 
 
 def submit(kind: str, args: dict[str, Any] | None = None, recipe: Recipe | None = None, title: str | None = None, home: Path | None = None) -> Run:

@@ -241,4 +241,4 @@ def test_the_default_roots_are_home_and_uploads(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.delenv("BITPRESS_ROOTS", raising=False)
     assert local.allowed_roots() == [Path.home().resolve(), (bitpress_home / "uploads").resolve()]
     monkeypatch.setenv("BITPRESS_ROOTS", os.pathsep.join(["/a", "", "/b"]))
-    assert local.allowed_roots() == [Path("/a"), Path("/b")]
+    assert local.allowed_roots() == [Path("/a"), Path("/b"), (bitpress_home / "uploads").resolve()]
