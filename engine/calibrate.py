@@ -24,6 +24,7 @@ Requests = dict[str, set[str]]  # layer name -> names of statistics
 BlockStats = dict[str, dict[str, Tensor]]  # layer name -> statistic name -> its result
 OnBlock = Callable[[int, BlockStats], None]
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")
+RUN_TOGETHER = (("q", "k", "v", "qkv"), ("o",), ("gate", "up", "gate_up", "fc1"), ("down", "fc2"))  # roles, in the order in which a block runs them
 BATCH = 4
 
 
@@ -36,6 +37,7 @@ def walk(
     on_block: OnBlock,
     *,
     sequential: bool = True,
+    within_block: bool = False,
     batch: int = BATCH,
     dtype: torch.dtype | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -43,7 +45,9 @@ def walk(
     """Visit the blocks in order and call `on_block(index, stats)` after each, stats being those asked for of its layers.
 
     ids_SL: int64 [S, L], S sequences of L tokens. `on_block` may change the block's weights or replace its layers; with
-    `sequential` the next block sees what the changed block puts out, otherwise what the original did. Forwards run in
+    `sequential` the next block sees what the changed block puts out, otherwise what the original did. With `within_block`
+    too, `on_block` is called once for each group of a block's layers that run together, and the statistics of a group are
+    of what the changed groups before it put out. A layer that no row reached has no statistics. Forwards run in
     `dtype` (None: `compute_dtype` of the model's device); weights of another type are cast for a block's time and put
     back before `on_block`. Raises InputError for an unknown layer or statistic, Cancelled when told to stop.
     """
@@ -53,12 +57,13 @@ def walk(
     blocks = list(get(model, anatomy.block_prefix).children())
     hidden, calls = enter(model, anatomy, blocks, [part.to(device) for part in ids_SL.split(batch)], dtype)
     for index, block in enumerate(blocks):
-        names = {part.name: get(model, part.name) for part in anatomy.of_block(index) if requests.get(part.name)}
-        listener = _Listener({name: requests[name] for name in names})
-        if names or not sequential:
-            with listener.listening(block, names):
-                _advance(block, hidden, calls[index], dtype, should_stop, keep=not sequential)
-        on_block(index, listener.results())
+        for group in _groups(anatomy, index, within_block and sequential):
+            names = {name: get(model, name) for name in group if requests.get(name)}
+            listener = _Listener({name: requests[name] for name in names})
+            if names or not sequential:
+                with listener.listening(block, names):
+                    _advance(block, hidden, calls[index], dtype, should_stop, keep=not sequential)
+            on_block(index, listener.results())
         if sequential and index + 1 < len(blocks):
             _advance(block, hidden, calls[index], dtype, should_stop, keep=True)
 
@@ -72,6 +77,17 @@ def _check(requests: Requests, anatomy: Anatomy, ids_SL: Tensor) -> None:
         raise InputError(f"The model has no layer '{unknown[0]}'.", "", "The model card lists the layers.")
     if strange := sorted(set(chain.from_iterable(requests.values())) - set(STATISTICS)):
         raise InputError(f"There is no statistic '{strange[0]}'.", "", f"Known statistics: {', '.join(STATISTICS)}.")
+
+
+def _groups(anatomy: Anatomy, index: int, apart: bool) -> list[list[str]]:
+    """The layers of a block in the groups in which they run, or all as one group."""
+    parts = list(anatomy.of_block(index))
+    if not apart:
+        return [[part.name for part in parts]]
+    known = list(chain.from_iterable(RUN_TOGETHER))
+    roles = [*RUN_TOGETHER, tuple({part.role for part in parts} - set(known))]
+    groups = [[part.name for part in parts if part.role in together] for together in roles]
+    return [group for group in groups if group]
 
 
 @contextmanager
@@ -233,9 +249,9 @@ class _Listener:
             self._begin()
 
     def results(self) -> BlockStats:
-        """Every statistic by layer; layers that share one get the same tensor. A layer that no row reached is absent."""
+        """Every statistic by layer; layers that share one get the same tensor. A layer that no row reached has none."""
         done = {key: statistic.result() for key, statistic in self.kept.items()}
-        return {name: {kind: done[leader, kind] for kind in self.wanted[name]} for name, leader in self.leader.items()}
+        return {name: {kind: done[self.leader[name], kind] for kind in kinds} if name in self.leader else {} for name, kinds in self.wanted.items()}
 
     def _begin(self) -> None:
         """A new batch enters the block."""

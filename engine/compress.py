@@ -92,6 +92,11 @@ class LayerJob:
         also = method.ability.also
         return self.scheme.model_copy(update={also: None}) if also and not self.joint else self.scheme
 
+    @property
+    def within_block(self) -> bool:
+        """Whether a method asks to see what finished layers of the same block put out."""
+        return any(method.within_block(options) for method, options in self.methods)
+
 
 def quiet(kind: str, data: dict[str, Any]) -> None:
     """An `emit` that says nothing."""
@@ -200,13 +205,21 @@ def _end_job(part: Part, scheme: EmbeddingScheme) -> LayerJob:
     return LayerJob(part, part.name, Scheme(weights=rows), embedding_layout(scheme), ((rtn, rtn.parse({})),))
 
 
-def make_layer(module: nn.Module, job: LayerJob, stats: Statistics) -> StoredLayer:
-    """Run the job's methods on one matrix. Raises InputError that names the layer when its weights are not finite."""
+def make_layer(module: nn.Module, job: LayerJob, stats: Statistics, tell: Callable[[str], None] = lambda note: None) -> StoredLayer:
+    """Run the job's methods on one matrix; `tell` hears what a method has to say of it.
+
+    Raises InputError that names the layer when its weights are not finite or no calibration token reached it.
+    """
     dense = module.weight if isinstance(module, nn.Embedding) else surgery.linear_weight(module)
     weight_NK = finite(dense.detach().float(), job.part.name)
+    if job.needs - stats.keys():
+        remedy = "Calibrate on more text, or point a method at it that looks at no text."
+        raise InputError(f"The layer {job.part.name} cannot be compressed.", "No token of the calibration text reached it.", remedy)
     outcome = Outcome(weight_NK)
     for method, options in job.methods:
         outcome = method.apply(outcome.weight_NK, job.asked_of(method), stats, options)
+        for note in outcome.notes:
+            tell(f"{job.part.name}: {note}.")
     content = stored_form(outcome, job.layout, dense.dtype)
     plain = outcome.codes is None and outcome.packed is None
     made_NK = outcome.weight_NK.to(dense.dtype).float() if plain else outcome.weight_NK
@@ -307,8 +320,14 @@ class _Making:
         blocks: dict[int, list[LayerJob]] = {}
         for job in inside:
             blocks.setdefault(self.shaped.anatomy.by_name[job.place].block or 0, []).append(job)
-        ids_SL, stop = calibration.ids_SL, self.should_stop
-        walk(self.shaped.model, self.shaped.anatomy, ids_SL, requests, lambda block, stats: self.make(blocks.get(block, []), stats), should_stop=stop)
+
+        def on_block(block: int, stats: Mapping[str, Statistics]) -> None:
+            ready = [job for job in blocks.get(block, []) if not job.needs or job.place in stats]
+            blocks[block] = [job for job in blocks.get(block, []) if job not in ready]
+            self.make(ready, stats)
+
+        within = any(job.within_block for job in inside)
+        walk(self.shaped.model, self.shaped.anatomy, calibration.ids_SL, requests, on_block, within_block=within, should_stop=self.should_stop)
 
     def make(self, jobs: list[LayerJob], stats: Mapping[str, Statistics]) -> None:
         """Make these matrices from the statistics of their inputs, by place."""
@@ -323,12 +342,15 @@ class _Making:
         stored = self.store.load(job.part.name, self.made_from) if self.store else None
         reused = stored is not None
         if stored is None:
-            stored = make_layer(surgery.get(self.dense, job.part.name), job, stats)
+            stored = make_layer(surgery.get(self.dense, job.part.name), job, stats, self.note)
             if self.store:
                 self.store.save(stored, self.made_from)
         kernel, reason = install(self.shaped.model, job, stored)
         seconds = round(time.perf_counter() - begun, 4)
         return LayerResult(stored.layer, stored.method, stored.error, stored.nbytes, seconds, kernel, reason, reused)
+
+    def note(self, text: str) -> None:
+        self.emit("note", {"level": "info", "text": text})
 
     def tell(self) -> None:
         self.emit("layer_done", vars(self.results[-1]).copy())

@@ -52,11 +52,19 @@ def _stage_form(number: int, stage: Stage, entries: Mapping[str, Any]) -> None:
         on_change=take_method,
         help=f"{entry['summary']}\n\n{entry['citation']}",
     )
+    st.caption(explained(entry))
     properties = entry["options"].get("properties", {})
     if properties:
         with st.expander(f"Options of {entry.get('title', stage.method)}"):
             for name, schema in properties.items():
                 _option(f"{key}-{stage.method}-{name}", name, schema, stage, kinds)
+
+
+def explained(entry: Mapping[str, Any]) -> str:
+    """What a method needs, costs and is good for, as sentences."""
+    wants = ["calibration text"] * bool(entry.get("needs")) + ["gradients"] * bool(entry.get("gradients"))
+    needs = f"Needs {' and '.join(wants)}." if wants else "Needs no text."
+    return " ".join(filter(None, [needs, entry.get("cost"), entry.get("use_when")]))
 
 
 def _option(key: str, name: str, schema: Schema, stage: Stage, kinds: Mapping[str, str]) -> None:

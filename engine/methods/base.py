@@ -34,11 +34,13 @@ class Outcome(NamedTuple):
     format, ready to be stored; its layout must be `accounting.layout_of(scheme)`. NF4 and FP4 come from `kernels.tables.pack_table`,
     binary codes from `kernels.binary.pack_binary`, low-rank pairs from `kernels.pairs.pack_pair`. Pruned weights need neither: their
     zeros are found.
+    notes: what a person should know of how it went, such as a remedy that was needed; told in the run's events.
     """
 
     weight_NK: Tensor  # float32
     codes: Codes | None = None
     packed: PackedTensor | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Method(ABC):
@@ -49,6 +51,9 @@ class Method(ABC):
     family: ClassVar[Family]
     summary: ClassVar[str]  # two sentences: what it does, what it costs
     citation: ClassVar[str]
+    cost: ClassVar[str] = ""  # a sentence: time, and what grows it
+    use_when: ClassVar[str] = ""  # a sentence: when to choose it
+    gradients: ClassVar[bool] = False  # whether it trains something
     acts_on: ClassVar[str]
     ability: ClassVar[Ability]
     needs: ClassVar[frozenset[str]] = frozenset()  # statistics of the calibration walk
@@ -78,7 +83,10 @@ class Method(ABC):
             "family": self.family,
             "summary": self.summary,
             "citation": self.citation,
+            "cost": self.cost,
+            "use_when": self.use_when,
             "needs": sorted(self.needs),
+            "gradients": self.gradients,
             "acts_on": self.acts_on,
             "ability": self.ability.model_dump(mode="json"),
             "options": self.Options.model_json_schema(),
@@ -89,6 +97,10 @@ class LinearMethod(Method):
     """A method that acts on one weight matrix at a time."""
 
     acts_on: ClassVar[str] = "linear"
+
+    def within_block(self, options: Any) -> bool:
+        """Whether layers should see what the finished layers before them in their own block put out, not only those of earlier blocks."""
+        return False
 
     @abstractmethod
     def apply(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: Any) -> Outcome:

@@ -3,7 +3,7 @@
 Knows descriptions; refuses to know algorithms.
 
 `registry.write_catalogue` writes `catalogue.json` under the home folder:
-`{v, digest, methods: [{id, title, family, summary, citation, needs, acts_on, ability, options}]}` with `options` a JSON
+`{v, digest, methods: [{id, title, family, summary, citation, cost, use_when, needs, gradients, acts_on, ability, options}]}` with `options` a JSON
 schema, from which a form is drawn, and `digest` a hash of the methods' sources: a file of other sources is out of date.
 """
 

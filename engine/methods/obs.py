@@ -5,36 +5,68 @@ GPTQ use it. Knows matrices only. Shapes: N outputs, K inputs, S inputs decided 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bitpress.engine.errors import BitpressError
+from bitpress.engine.errors import InputError
 
 BLOCK = 128  # columns whose updates are gathered before they reach the rest
-TRIES = 6  # each with ten times the damping of the one before
+LEAST_DAMPING, MOST_DAMPING = 1e-4, 1.0  # of the mean curvature; between them the damping grows tenfold until H can be factorised
 
 Choose = Callable[[Tensor, Tensor, int], Tensor]  # (weight_NS as updated so far, diagonal_S of the factor, first column) -> keep_NS
 Round = Callable[[Tensor, int], Tensor]  # (weight_NK as updated so far, column) -> the rounded column [N]
 
 
-def inverse_factor(gram_KK: Tensor, damp: float = 0.01) -> Tensor:
-    """Upper triangular U with U^T U = (H + damp * mean(diag H) I)^-1, float32.
+class InverseFactor(NamedTuple):
+    """Upper triangular U, float32 [K, K], with U^T U the inverse of the damped H; what was done to get it, for the run's events."""
 
-    gram_KK: E[x x^T], float64; a factor of 2 would cancel. An input that is always zero counts as having the curvature 1.
-    Raises BitpressError when H stays singular at a hundred thousand times the damping.
+    upper_KK: Tensor
+    notes: tuple[str, ...] = ()
+
+
+def inverse_factor(gram_KK: Tensor, damp: float = 0.01) -> Tensor:
+    """Upper triangular U with U^T U = (H + damp * mean(diag H) I)^-1, float32. See `factorise`."""
+    return factorise(gram_KK, damp).upper_KK
+
+
+def factorise(gram_KK: Tensor, damp: float) -> InverseFactor:
+    """The factor of the inverse of H + damp * mean(diag H) I, in float64 (METHODS 15.2).
+
+    gram_KK: E[x x^T]; a factor of 2 would cancel. An input that is always zero is given the mean curvature. When H is
+    singular in spite of the damping, the damping grows tenfold until it is not, and a note says so. With H = L L^T
+    built from the last row upwards L is upper triangular, and its inverse is U: no inverse of H is formed.
+    Raises InputError when H is not finite, or singular even with its mean added.
     """
-    hessian_KK = gram_KK.double().clone()
-    diagonal_K = hessian_KK.diagonal()
-    diagonal_K[diagonal_K <= 0] = 1.0
-    mean = float(diagonal_K.mean())
-    for step in range(TRIES):
-        diagonal_K += (damp * 10**step or 1e-8) * mean
-        lower_KK, failed = torch.linalg.cholesky_ex(hessian_KK)
-        if not failed:
-            return torch.linalg.cholesky(torch.cholesky_inverse(lower_KK), upper=True).float()
-    why = "Its input statistics are singular."
-    raise BitpressError("The weights cannot be repaired.", why, "Calibrate on more or other text, or choose no repair.")
+    hessian_KK = gram_KK.double()
+    if not bool(hessian_KK.sum().isfinite()):
+        raise InputError("The second moments of the inputs are not finite.", "", "Calibrate on more or other text, or leave this layer dense.")
+    silent_K = hessian_KK.diagonal() <= 0
+    mean = float(hessian_KK.diagonal()[~silent_K].mean()) if not bool(silent_K.all()) else 1.0
+    hessian_KK = hessian_KK / mean + torch.diag(silent_K.double())
+    used = damp
+    while (upper_KK := _factor(hessian_KK, used)) is None:
+        if used >= MOST_DAMPING:
+            raise InputError("The second moments of the inputs cannot be inverted.", "", "Calibrate on more or other text, or leave this layer dense.")
+        used = min(max(used, LEAST_DAMPING) * 10, MOST_DAMPING)
+    raised = (f"its inputs are linearly dependent; the damping was raised from {damp:g} to {used:g}",) if used != damp else ()
+    return InverseFactor((upper_KK / mean**0.5).float(), _silence(silent_K) + raised)
+
+
+def _silence(silent_K: Tensor) -> tuple[str, ...]:
+    silent, inputs = int(silent_K.sum()), len(silent_K)
+    return (f"{silent:,} of its {inputs:,} inputs were 0 in all of the calibration text",) if silent else ()
+
+
+def _factor(hessian_KK: Tensor, damp: float) -> Tensor | None:
+    """U of H + damp * I, None when that is singular to working precision."""
+    identity_KK = torch.eye(len(hessian_KK), dtype=hessian_KK.dtype, device=hessian_KK.device)
+    lower_KK, failed = torch.linalg.cholesky_ex((hessian_KK + damp * identity_KK).flip(0, 1))
+    if int(failed):
+        return None
+    upper_KK = torch.linalg.solve_triangular(lower_KK.flip(0, 1), identity_KK, upper=True)
+    return upper_KK if bool(upper_KK.sum().isfinite()) else None
 
 
 def sweep(weight_NK: Tensor, factor_KK: Tensor, choose: Choose, span: int = BLOCK, rounding: Round | None = None, block: int = BLOCK) -> Tensor:

@@ -82,24 +82,28 @@ def decode(codes: Tensor, grid: Grid) -> Tensor:
     return (codes - grid.zero).mul_(grid.scale)
 
 
-def search_grid(groups: Tensor, scheme: WeightScheme, clip: ClipSearch) -> Grid:
-    """The grid of smallest error among shrunk ranges, for each group on its own; the widest wins a tie (METHODS 15.1)."""
+def search_grid(groups: Tensor, scheme: WeightScheme, clip: ClipSearch, importance: Tensor | None = None) -> Grid:
+    """The grid of smallest error among shrunk ranges, for each group on its own; the widest wins a tie (METHODS 15.1).
+
+    importance: a factor for each weight's error, of a shape that the groups' can be multiplied by; None counts all alike.
+    """
     low, high = group_range(groups)
     best = make_grid(low, high, scheme)
-    best_error = _error(groups, best, clip.exponent)
+    best_error = _error(groups, best, clip.exponent, importance)
     scale, zero = best.scale.clone(), best.zero.clone()
     for step in range(1, clip.candidates):
         shrink = 1 - step / 100
         trial = make_grid(low * shrink, high * shrink, scheme)
-        error = _error(groups, trial, clip.exponent)
+        error = _error(groups, trial, clip.exponent, importance)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         scale, zero = torch.where(better, trial.scale, scale), torch.where(better, trial.zero, zero)
     return Grid(scale, zero, best.top)
 
 
-def _error(groups: Tensor, grid: Grid, exponent: float) -> Tensor:
-    return decode(encode(groups, grid), grid).sub_(groups).abs_().pow_(exponent).sum(dim=-1, keepdim=True)
+def _error(groups: Tensor, grid: Grid, exponent: float, importance: Tensor | None) -> Tensor:
+    powers = decode(encode(groups, grid), grid).sub_(groups).abs_().pow_(exponent)
+    return (powers if importance is None else powers.mul_(importance)).sum(dim=-1, keepdim=True)
 
 
 def quantize_groups(weight_NK: Tensor, scheme: WeightScheme, clip: ClipSearch | None = None) -> Codes:
