@@ -31,8 +31,8 @@ def test_a_recipe_that_fits_has_no_problems(found: Callable[..., list[Problem]])
 @pytest.mark.parametrize(
     ("fields", "field", "wrong", "right"),
     [
-        ({"schemes": [FOUR_BITS], "stages": [{"method": "rnt"}]}, "stages[0].method", "mean 'rtn'", "Methods are magnitude, "),
-        ({"schemes": [FOUR_BITS], "stages": [{"method": "qqqq"}]}, "stages[0].method", "no method 'qqqq'.", "Methods are magnitude, "),
+        ({"schemes": [FOUR_BITS], "stages": [{"method": "rnt"}]}, "stages[0].method", "mean 'rtn'", "magnitude, "),
+        ({"schemes": [FOUR_BITS], "stages": [{"method": "qqqq"}]}, "stages[0].method", "no method 'qqqq'.", "magnitude, "),
         ({"schemes": [FOUR_BITS], "stages": [{"method": "rtn", "options": {"clip": True}}]}, "stages[0].options.clip", "no such", "clip_search"),
         ({"schemes": [FOUR_BITS], "stages": [{"method": "rtn", "options": {"clip_search": 1}}]}, "stages[0].options.clip_search", "1 can", "true or false"),
         ({"schemes": [FOUR_BITS], "stages": [{"method": "rtn", "options": {"candidates": 4.5}}]}, "stages[0].options.candidates", "4.5", "whole number"),
