@@ -106,8 +106,12 @@ def _unmet_problems(plan: Plan, recipe: Recipe, anatomy: Anatomy, entries: dict[
     found = []
     for part, layers in plan.unmet.items():
         others = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
-        able = [name for name, entry in entries.items() if Ability.model_validate(entry["ability"]).satisfies(_only(part, schemes[layers[0]]))]
-        right = f"Add a stage such as `method: {able[0]}`, or point one at these layers." if able else f"Remove `{part}` from the scheme."
+        able = sorted(
+            (len(entry["needs"]), len(entry["options"].get("properties", {})), name)  # the plainest is proposed
+            for name, entry in entries.items()
+            if Ability.model_validate(entry["ability"]).satisfies(_only(part, schemes[layers[0]]))
+        )
+        right = f"Add a stage such as `method: {able[0][-1]}`, or point one at these layers." if able else f"Remove `{part}` from the scheme."
         found.append(Problem(field=f"schemes ({layers[0]}{others})", wrong=f"Asks for {PART_WORDS[part]}, but no stage does that.", right=right))
     return found
 

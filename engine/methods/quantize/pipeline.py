@@ -72,6 +72,11 @@ def make_grid(low: Tensor, high: Tensor, scheme: WeightScheme, scale_dtype: torc
     return Grid(scale, zero, top)
 
 
+def stored_zero(zero: Tensor, scheme: WeightScheme) -> Tensor:
+    """A zero as it is stored: a level of the grid, or any number that bfloat16 holds."""
+    return zero.round().clamp(0, 2**scheme.bits - 1) if scheme.zero == "integer" else zero.to(SCALE_DTYPE).to(zero.dtype)
+
+
 def encode(groups: Tensor, grid: Grid) -> Tensor:
     """Nearest codes, half to even, as whole floating-point numbers in [0, top]."""
     return (groups / grid.scale).round_().add_(grid.zero).clamp_(0, grid.top)

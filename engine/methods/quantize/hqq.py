@@ -1,0 +1,128 @@
+"""HQQ: the zero of each group is sought so that the errors are few and large rather than many and small; looks at no text (METHODS 15.6).
+
+Shapes: N outputs, K inputs, G groups a row, g inputs a group.
+"""
+
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from bitpress.engine.methods.ability import Ability
+from bitpress.engine.methods.base import LinearMethod, MethodOptions, Outcome, Statistics
+from bitpress.engine.methods.quantize.pipeline import (
+    CHUNK_WEIGHTS,
+    SCALE_DTYPE,
+    Codes,
+    Grid,
+    decode,
+    dequantize_groups,
+    group_range,
+    make_grid,
+    quantize_groups,
+    stored_zero,
+    to_groups,
+)  # fmt: skip
+from bitpress.engine.recipe import BITS, Scheme, WeightScheme
+
+MOVED_ZEROS = "its pruned weights are no longer exactly 0, since a zero that is a float need not be a level"
+
+
+class HqqOptions(MethodOptions):
+    """The half-quadratic solver."""
+
+    iterations: int = Field(default=20, ge=1, le=200, title="Iterations", description="Steps of the solver. The best zero of each group is kept.")
+    norm: float = Field(
+        default=0.7, gt=0.0, le=1.0, title="Norm", description="The sum of |error| to this power is made small. Smaller cares less about few large errors."
+    )
+    beta: float = Field(default=10.0, gt=0.0, le=1e4, title="Stiffness", description="How closely the auxiliary errors follow the real ones at first.")
+    growth: float = Field(default=1.01, ge=1.0, le=2.0, title="Growth of the stiffness", description="Factor after each iteration.")
+
+
+class Hqq(LinearMethod):
+    """Proximal steps on the errors, closed form for the zeros."""
+
+    name = "hqq"
+    title = "HQQ"
+    family = "quantize"
+    summary = "Shifts each group's grid so that most weights are hit closely and a few outliers take the error. Takes seconds and looks at no text."
+    citation = "Badri and Shaji 2023, Half-quadratic quantization of large machine learning models, Mobius Labs."
+    cost = "Seconds for a small model; grows with the iterations."
+    use_when = "Choose it when there is no text to calibrate on, with zeros stored as floats; at 8 bits it gains nothing over rounding to nearest."
+    ability = Ability(part="weights", bits=BITS, zeros=("integer", "float"))
+    Options = HqqOptions
+
+    def apply(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: HqqOptions) -> Outcome:
+        """Quantise one matrix. Symmetric grids have no zero to seek and are rounded to nearest, which a note says."""
+        if scheme.weights is None:
+            raise ValueError("hqq was given a scheme without weights")
+        if scheme.weights.symmetric:
+            codes = quantize_groups(weight_NK, scheme.weights)
+            return Outcome(dequantize_groups(codes, scheme.weights), codes, notes=("its grids are symmetric, so there is no zero to seek: rounded to nearest",))
+        rows = max(1, CHUNK_WEIGHTS // weight_NK.shape[1])
+        parts = [_solve_rows(chunk, scheme.weights, options) for chunk in weight_NK.split(rows)]
+        codes = Codes(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        moved = scheme.sparsity is not None and scheme.sparsity.ratio > 0 and scheme.weights.zero == "float"
+        return Outcome(dequantize_groups(codes, scheme.weights), codes, notes=(MOVED_ZEROS,) if moved else ())
+
+
+class _Best(NamedTuple):
+    """Of each group the zero found so far, its codes and their mean |error|; [N, G, 1], [N, G, g], [N, G, 1]."""
+
+    zero: Tensor
+    codes: Tensor
+    error: Tensor
+
+
+def _solve_rows(weight_NK: Tensor, scheme: WeightScheme, options: HqqOptions) -> tuple[Tensor, Tensor, Tensor]:
+    groups, real = to_groups(weight_NK, scheme.group_size), to_groups(torch.ones_like(weight_NK[:1]), scheme.group_size)
+    grid = start_grid(groups, real, scheme)
+    best = solve(groups, real, grid, scheme, options)
+    codes_NK = best.codes.to(torch.uint8).flatten(1)[:, : weight_NK.shape[1]]
+    return codes_NK, grid.scale.squeeze(-1).to(SCALE_DTYPE), best.zero.squeeze(-1).to(torch.uint8 if scheme.zero == "integer" else SCALE_DTYPE)
+
+
+def start_grid(groups: Tensor, real: Tensor, scheme: WeightScheme) -> Grid:
+    """The min-max grid; with float zeros 0 need not be inside the range. real: 1 for weights, 0 behind a short last group."""
+    if scheme.zero == "integer":
+        return make_grid(*group_range(groups), scheme)
+    top = 2**scheme.bits - 1
+    low = groups.masked_fill(real == 0, torch.inf).amin(dim=-1, keepdim=True)
+    high = groups.masked_fill(real == 0, -torch.inf).amax(dim=-1, keepdim=True)
+    scale = ((high - low) / top).clamp(max=torch.finfo(SCALE_DTYPE).max).to(SCALE_DTYPE).float()
+    flat = scale < torch.finfo(torch.float32).tiny
+    # A group of equal weights has no range: one step of their own size, from 0, holds them.
+    scale = torch.where(flat, torch.where(low.abs() > torch.finfo(torch.float32).tiny, low.abs(), 1.0).to(SCALE_DTYPE).float(), scale)
+    return Grid(scale, stored_zero(torch.where(flat, (low < 0).float(), -low / scale), scheme), top)
+
+
+def nearest(groups: Tensor, grid: Grid) -> Tensor:
+    """Codes of the nearest levels. A zero that is no level itself is added before rounding."""
+    return (groups / grid.scale).add_(grid.zero).round_().clamp_(0, grid.top)
+
+
+def solve(groups: Tensor, real: Tensor, grid: Grid, scheme: WeightScheme, options: HqqOptions) -> _Best:
+    """Seek the zeros: the errors are shrunk towards none, the zero takes the mean of what is left, and the best so far is kept.
+
+    The published solver stops all groups at once when their mean |error| grows; here each group keeps its own best, so no
+    group ends worse than it started.
+    """
+    count = real.sum(dim=-1, keepdim=True)
+    codes, beta = nearest(groups, grid), options.beta
+    best = _Best(grid.zero, codes, _mean_error(groups, real, codes, grid))
+    for _ in range(options.iterations):
+        error = groups - decode(codes, grid)
+        kept = error.sign() * (error.abs() - error.abs().pow(options.norm - 1) / beta).clamp_(min=0.0)
+        zero = ((codes - (groups - kept) / grid.scale) * real).sum(-1, keepdim=True) / count
+        grid = Grid(grid.scale, stored_zero(zero, scheme), grid.top)
+        codes = nearest(groups, grid)
+        found = _mean_error(groups, real, codes, grid)
+        better = found < best.error
+        best = _Best(torch.where(better, grid.zero, best.zero), torch.where(better, codes, best.codes), torch.where(better, found, best.error))
+        beta *= options.growth
+    return best
+
+
+def _mean_error(groups: Tensor, real: Tensor, codes: Tensor, grid: Grid) -> Tensor:
+    return decode(codes, grid).sub_(groups).abs_().mul_(real).sum(-1, keepdim=True) / real.sum(dim=-1, keepdim=True)
