@@ -99,7 +99,7 @@ class Gptq(LinearMethod):
             grids.fix(weight_NK)
         pruned = scheme.sparsity is not None and scheme.sparsity.ratio > 0
         codes = round_in_order(weight_NK, order_K, factor.upper_KK, grids, weight_NK != 0 if pruned else None)
-        return Outcome(dequantize_groups(codes, scheme.weights), codes, factor.notes)
+        return Outcome(dequantize_groups(codes, scheme.weights), codes, notes=factor.notes)
 
 
 class Grids:
