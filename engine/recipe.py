@@ -87,6 +87,11 @@ class WeightScheme(Strict):
     zero: Zero = "integer"
     double_quant: StrictBool = False
 
+    @property
+    def has_zero(self) -> bool:
+        """True when 0 is always a level, so that pruned weights stay 0."""
+        return self.format != "bcq" and (self.format != "uniform" or self.symmetric or self.zero == "integer")
+
 
 class SparsityScheme(Strict):
     """`ratio` of the weights are zero, anywhere or, with pattern N:M, so that N of every M consecutive inputs stay."""
@@ -370,6 +375,9 @@ def _shape_problems(scheme: Scheme, width: int) -> list[tuple[str, str]]:
             found.append((f"The format {weights.format} has no {weights.bits}-bit codes.", f"Set bits to one of {widths}, or format: uniform."))
     if scheme.activations and scheme.weights is None and scheme.rank is None:
         found.append(("Only the inputs of a packed matrix can be rounded, and this one stays dense.", "Set weights, such as bits: 8, too."))
+    if scheme.sparsity and scheme.sparsity.ratio > 0 and scheme.weights and not scheme.weights.has_zero:
+        kind = "bcq" if scheme.weights.format == "bcq" else "zero: float"
+        found.append((f"Codes with {kind} have no level 0, so pruned weights would not stay 0.", "Use format: uniform with zero: integer, or no sparsity."))
     if scheme.sparsity and scheme.sparsity.of_every:
         pattern, (stay, of) = scheme.sparsity.pattern, scheme.sparsity.of_every
         if width % of:

@@ -250,6 +250,15 @@ def test_a_width_that_a_format_has_not(paper: Callable[..., Anatomy], form: str,
         assert found and f"format {form} has no {bits}-bit" in found[0].wrong and right in found[0].right
 
 
+@pytest.mark.parametrize("weights", [{"format": "bcq"}, {"zero": "float"}])
+def test_codes_without_a_level_0_are_refused_where_weights_are_pruned(paper: Callable[..., Anatomy], weights: dict[str, Any]) -> None:
+    line = {"match": "*", "weights": {"bits": 4, **weights}, "sparsity": {"ratio": 0.5}}
+    found = Recipe.from_dict({"model": "m", "schemes": [line]}).validate_for(paper())
+    assert found and "no level 0" in found[0].wrong and "zero: integer" in found[0].right
+    for allowed in ({**line, "sparsity": {"ratio": 0.0}}, {**line, "weights": {"bits": 4}}, {**line, "weights": {"format": "nf4"}}):
+        assert Recipe.from_dict({"model": "m", "schemes": [allowed]}).validate_for(paper()) == []
+
+
 def test_a_recipe_without_new_fields_keeps_its_digest() -> None:
     assert Recipe.from_dict({"model": "m", "schemes": [{"match": "*", "weights": {"bits": 4}}]}).digest() == "b2a9d684890fe533"
 
