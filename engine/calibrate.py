@@ -23,6 +23,7 @@ from bitpress.engine.statistics import STATISTICS, Statistic
 Requests = dict[str, set[str]]  # layer name -> names of statistics
 BlockStats = dict[str, dict[str, Tensor]]  # layer name -> statistic name -> its result
 OnBlock = Callable[[int, BlockStats], None]
+OnInputs = Callable[[int, list[Tensor]], None]
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")
 RUN_TOGETHER = (("q", "k", "v", "qkv"), ("o",), ("gate", "up", "gate_up", "fc1"), ("down", "fc2"))  # roles, in the order in which a block runs them
 BATCH = 4
@@ -41,8 +42,11 @@ def walk(
     batch: int = BATCH,
     dtype: torch.dtype | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    on_inputs: OnInputs | None = None,
 ) -> None:
     """Visit the blocks in order and call `on_block(index, stats)` after each, stats being those asked for of its layers.
+
+    Before that, `on_inputs(index, hidden)` shows what enters the block, a tensor [B, L, d] a batch; they are overwritten later.
 
     ids_SL: int64 [S, L], S sequences of L tokens. `on_block` may change the block's weights or replace its layers; with
     `sequential` the next block sees what the changed block puts out, otherwise what the original did. With `within_block`
@@ -57,6 +61,8 @@ def walk(
     blocks = list(get(model, anatomy.block_prefix).children())
     hidden, calls = enter(model, anatomy, blocks, [part.to(device) for part in ids_SL.split(batch)], dtype)
     for index, block in enumerate(blocks):
+        if on_inputs:
+            on_inputs(index, hidden)
         for group in _groups(anatomy, index, within_block and sequential):
             names = {name: get(model, name) for name in group if requests.get(name)}
             listener = _Listener({name: requests[name] for name in names})
@@ -224,6 +230,36 @@ def _advance(block: nn.Module, hidden: list[Tensor], calls: dict[int, Call], dty
             output = block(x_BLd, *call.args, **call.kwargs)
             if keep:
                 hidden[index] = output if isinstance(output, Tensor) else output[0]
+
+
+class Stream:
+    """A model's hidden states on their way through its blocks, held between two blocks; any block can be run on them."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, ids_SL: Tensor, dtype: torch.dtype | None = None) -> None:
+        """ids_SL: int64 [S, L]. dtype: of the hidden states; None: `compute_dtype` of the model's device."""
+        self.model, self.anatomy = model, anatomy
+        device = next(model.parameters()).device
+        self.ids_SL, self.dtype = ids_SL.to(device), dtype or compute_dtype(device.type)
+        self.blocks = list(get(model, anatomy.block_prefix).children())
+        self.calls: dict[int, list[dict[int, Call]]] = {}
+        self.hidden_SLd = torch.cat(self._entered(BATCH)[0])
+
+    def _entered(self, size: int, sequences: int | None = None) -> tuple[list[Tensor], list[dict[int, Call]]]:
+        with torch.no_grad():
+            return enter(self.model, self.anatomy, self.blocks, list(self.ids_SL[:sequences].split(size)), self.dtype)
+
+    def run(self, index: int, block: nn.Module, x_BLd: Tensor) -> Tensor:
+        """What `block` puts out in the place of block `index` for B sequences, with the residual in the type of `x_BLd`.
+
+        Where the fast type is bfloat16, products are taken in it and sums stay float32 for a float32 `x_BLd`.
+        """
+        size = len(x_BLd)
+        if size not in self.calls:
+            self.calls[size] = self._entered(size, size)[1]
+        call = self.calls[size][index][size]
+        with torch.autocast(x_BLd.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            output = block(x_BLd, *call.args, **call.kwargs)
+        return output if isinstance(output, Tensor) else output[0]
 
 
 class _Listener:

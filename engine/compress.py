@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from bitpress.engine.accounting import embedding_layout, layout_of
+from bitpress.engine.blockwise import Reconstruction
 from bitpress.engine.calibrate import walk
 from bitpress.engine.calibration_set import CalibrationSet, calibration_set
 from bitpress.engine.errors import BitpressError, Cancelled, InputError
 from bitpress.engine.layer_store import LayerStore, MadeFrom, StoredLayer
 from bitpress.engine.measure.memory import weights_of
 from bitpress.engine.methods import registry
-from bitpress.engine.methods.base import LinearMethod, MethodOptions, Outcome, Statistics, finite
+from bitpress.engine.methods.base import BlockMethod, BlockOptions, LinearMethod, Method, MethodOptions, Outcome, Statistics, finite
 from bitpress.engine.methods.catalogue import problems
 from bitpress.engine.methods.stages import plan_stages
 from bitpress.engine.model import surgery
@@ -35,6 +36,7 @@ from bitpress.kernels.sparse import pack_bitmap, pack_two_four, pack_two_four_co
 __all__ = ["Compressed", "LayerResult", "LayerStore", "compress", "load_compressed"]
 Emit = Callable[[str, dict[str, Any]], None]
 ShouldStop = Callable[[], bool]
+Tell = Callable[[str], None]
 DENSE_REASON = "stored dense, 0% smaller: no format here stores a matrix of so few zeros smaller"
 
 
@@ -74,7 +76,7 @@ class LayerJob:
     place: str
     scheme: Scheme
     layout: Layout
-    methods: tuple[tuple[LinearMethod, MethodOptions], ...]
+    methods: tuple[tuple[LinearMethod | BlockMethod, MethodOptions], ...]
     joint: bool = False  # the last method also gives its second part
 
     @property
@@ -87,7 +89,7 @@ class LayerJob:
         """Statistics of its inputs that the methods ask for."""
         return frozenset().union(*(method.needs_for(options) for method, options in self.methods))
 
-    def asked_of(self, method: LinearMethod) -> Scheme:
+    def asked_of(self, method: Method) -> Scheme:
         """The scheme as a method is to see it: without the second part that a later method gives."""
         also = method.ability.also
         return self.scheme.model_copy(update={also: None}) if also and not self.joint else self.scheme
@@ -96,6 +98,12 @@ class LayerJob:
     def within_block(self) -> bool:
         """Whether a method asks to see what finished layers of the same block put out."""
         return any(method.within_block(options) for method, options in self.methods)
+
+    @property
+    def trained(self) -> tuple[BlockMethod, BlockOptions] | None:
+        """The method that optimises it with the rest of its block, if one does; it is always the last."""
+        method, options = self.methods[-1]
+        return (method, options) if isinstance(method, BlockMethod) and isinstance(options, BlockOptions) else None
 
 
 def quiet(kind: str, data: dict[str, Any]) -> None:
@@ -126,12 +134,12 @@ def compress(
     started = time.perf_counter()
     shaped = shape_twin(loaded, recipe)
     jobs = plan_jobs(recipe, loaded.anatomy, shaped.places)
-    needed = any(job.needs for job in jobs)
+    needed = any(job.needs or job.trained for job in jobs)
     calibration = (calibration or calibration_set(loaded, recipe.calibration, recipe.seed)) if needed else None
     made_from = MadeFrom(loaded.anatomy.fingerprint, recipe.digest(), calibration.sha256 if calibration else "")
     if store:
         store.check(job.part.name for job in jobs)
-    making = _Making(loaded.model, shaped, jobs, made_from, emit, store, should_stop)
+    making = _Making(loaded.model, shaped, jobs, made_from, recipe.seed, emit, store, should_stop)
     making.run(calibration)
     size = weights_of(shaped.model, loaded.anatomy.block_prefix, loaded.anatomy.itemsize).stored_bytes
     return Compressed(shaped.model, making.results, size, time.perf_counter() - started)
@@ -185,7 +193,7 @@ def _moved(part: Part, moved: dict[int, int], prefix: str) -> Part:
 
 def plan_jobs(recipe: Recipe, anatomy: Anatomy, places: dict[str, str]) -> list[LayerJob]:
     """Every matrix that the recipe changes, block by block in the order in which they run, embedding and head last."""
-    methods = [registry.linear(stage.method) for stage in recipe.stages]
+    methods = [registry.on_weights(stage.method) for stage in recipe.stages]
     staged = [(method, method.parse(stage.options)) for method, stage in zip(methods, recipe.stages, strict=True)]
     plan = plan_stages(recipe, anatomy, {method.name: method.ability for method in methods})
     schemes = recipe.resolve(anatomy)
@@ -205,25 +213,39 @@ def _end_job(part: Part, scheme: EmbeddingScheme) -> LayerJob:
     return LayerJob(part, part.name, Scheme(weights=rows), embedding_layout(scheme), ((rtn, rtn.parse({})),))
 
 
-def make_layer(module: nn.Module, job: LayerJob, stats: Statistics, tell: Callable[[str], None] = lambda note: None) -> StoredLayer:
-    """Run the job's methods on one matrix; `tell` hears what a method has to say of it.
+def make_layer(module: nn.Module, job: LayerJob, stats: Statistics, tell: Tell = lambda note: None) -> StoredLayer:
+    """Run the job's methods on one matrix; `tell` hears what a method has to say of it. Raises InputError as `dense_weight` and `prepared`."""
+    dense_NK = dense_weight(module, job)
+    return finished(module, job, dense_NK, prepared(dense_NK, job, stats, tell))
 
-    Raises InputError that names the layer when its weights are not finite or no calibration token reached it.
-    """
+
+def dense_weight(module: nn.Module, job: LayerJob) -> Tensor:
+    """A matrix of the dense model, float32 [N, K]. Raises InputError that names the layer when its weights are not finite."""
     dense = module.weight if isinstance(module, nn.Embedding) else surgery.linear_weight(module)
-    weight_NK = finite(dense.detach().float(), job.part.name)
+    return finite(dense.detach().float(), job.part.name)
+
+
+def prepared(weight_NK: Tensor, job: LayerJob, stats: Statistics, tell: Tell) -> Outcome:
+    """What those of the job's methods make of a matrix that act on one matrix alone. Raises InputError when no calibration token reached it."""
     if job.needs - stats.keys():
         remedy = "Calibrate on more text, or point a method at it that looks at no text."
         raise InputError(f"The layer {job.part.name} cannot be compressed.", "No token of the calibration text reached it.", remedy)
     outcome = Outcome(weight_NK)
     for method, options in job.methods:
-        outcome = method.apply(outcome.weight_NK, job.asked_of(method), stats, options)
-        for note in outcome.notes:
-            tell(f"{job.part.name}: {note}.")
-    content = stored_form(outcome, job.layout, dense.dtype)
+        if isinstance(method, LinearMethod):
+            outcome = method.apply(outcome.weight_NK, job.asked_of(method), stats, options)
+            for note in outcome.notes:
+                tell(f"{job.part.name}: {note}.")
+    return outcome
+
+
+def finished(module: nn.Module, job: LayerJob, dense_NK: Tensor, outcome: Outcome) -> StoredLayer:
+    """An outcome in its stored form, and how far it is from the dense matrix of the module."""
+    dtype = next(module.parameters()).dtype
+    content = stored_form(outcome, job.layout, dtype)
     plain = outcome.codes is None and outcome.packed is None
-    made_NK = outcome.weight_NK.to(dense.dtype).float() if plain else outcome.weight_NK
-    return StoredLayer(job.part.name, content, job.method, relative_error(weight_NK, made_NK))
+    made_NK = outcome.weight_NK.to(dtype).float() if plain else outcome.weight_NK
+    return StoredLayer(job.part.name, content, job.method, relative_error(dense_NK, made_NK))
 
 
 def stored_form(outcome: Outcome, layout: Layout, dtype: torch.dtype) -> PackedTensor | Tensor:
@@ -298,9 +320,11 @@ class _Making:
     shaped: Shaped
     jobs: list[LayerJob]
     made_from: MadeFrom
+    seed: int
     emit: Emit
     store: LayerStore | None
     should_stop: ShouldStop
+    side: Reconstruction | None = None  # the dense stream, where a method compares with it
     results: list[LayerResult] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
@@ -320,14 +344,58 @@ class _Making:
         blocks: dict[int, list[LayerJob]] = {}
         for job in inside:
             blocks.setdefault(self.shaped.anatomy.by_name[job.place].block or 0, []).append(job)
+        if any(job.trained for job in inside):
+            self.side = Reconstruction(surgery.twin(self.shaped.model), self.shaped.anatomy, calibration.ids_SL, self.seed, self.emit, self.should_stop)
+        seen: dict[str, Statistics] = {}
 
         def on_block(block: int, stats: Mapping[str, Statistics]) -> None:
-            ready = [job for job in blocks.get(block, []) if not job.needs or job.place in stats]
-            blocks[block] = [job for job in blocks.get(block, []) if job not in ready]
-            self.make(ready, stats)
+            seen.update(stats)
+            ready = [job for job in blocks.get(block, []) if not job.needs or job.place in seen]
+            alone = [job for job in ready if not job.trained]
+            self.make(alone, stats)
+            blocks[block] = [job for job in blocks.get(block, []) if job not in alone]
+            if len(blocks[block]) == len(ready) - len(alone):  # what is left is trained, with the rest of the block in place
+                self.train(blocks.pop(block), seen)
 
-        within = any(job.within_block for job in inside)
-        walk(self.shaped.model, self.shaped.anatomy, calibration.ids_SL, requests, on_block, within_block=within, should_stop=self.should_stop)
+        walk(
+            self.shaped.model,
+            self.shaped.anatomy,
+            calibration.ids_SL,
+            requests,
+            on_block,
+            within_block=any(job.within_block for job in inside),
+            should_stop=self.should_stop,
+            on_inputs=self.side.enter if self.side else None,
+        )
+
+    def train(self, jobs: list[LayerJob], stats: Mapping[str, Statistics]) -> None:
+        """Make these matrices of one block together, a stage's after another's; a stage that is finished is found again."""
+        stages = list(dict.fromkeys(id(job.methods[-1]) for job in jobs))
+        for stage in stages:
+            self.train_stage([job for job in jobs if id(job.methods[-1]) == stage], stats)
+
+    def train_stage(self, jobs: list[LayerJob], stats: Mapping[str, Statistics]) -> None:
+        """Train what one stage makes of one block, unless all of it is finished."""
+        begun = time.perf_counter()
+        found = [self.store.load(job.part.name, self.made_from) if self.store else None for job in jobs]
+        reused = all(found)
+        stored = [layer for layer in found if layer] if reused else self.trained(jobs, stats)
+        for job, layer in zip(jobs, stored, strict=True):
+            if self.store and not reused:
+                self.store.save(layer, self.made_from)
+            self.results.append(self.installed(job, layer, (time.perf_counter() - begun) / len(jobs), reused))
+            self.tell()
+
+    def trained(self, jobs: list[LayerJob], stats: Mapping[str, Statistics]) -> list[StoredLayer]:
+        assert self.side is not None and jobs[0].trained is not None
+        method, options = jobs[0].trained
+        modules = [surgery.get(self.dense, job.part.name) for job in jobs]
+        dense = [dense_weight(module, job) for module, job in zip(modules, jobs, strict=True)]
+        given = [stats.get(job.place, {}) for job in jobs]
+        prunes = [prepared(weight_NK, job, seen, self.note).weight_NK for weight_NK, job, seen in zip(dense, jobs, given, strict=True)]
+        weights = [method.start(weight_NK, job.asked_of(method), seen, options) for weight_NK, job, seen in zip(prunes, jobs, given, strict=True)]
+        self.side.train(self.shaped.model, {job.place: weight for job, weight in zip(jobs, weights, strict=True)}, options)
+        return [finished(module, job, dense_NK, weight.outcome()) for module, job, dense_NK, weight in zip(modules, jobs, dense, weights, strict=True)]
 
     def make(self, jobs: list[LayerJob], stats: Mapping[str, Statistics]) -> None:
         """Make these matrices from the statistics of their inputs, by place."""
@@ -345,9 +413,11 @@ class _Making:
             stored = make_layer(surgery.get(self.dense, job.part.name), job, stats, self.note)
             if self.store:
                 self.store.save(stored, self.made_from)
+        return self.installed(job, stored, time.perf_counter() - begun, reused)
+
+    def installed(self, job: LayerJob, stored: StoredLayer, seconds: float, reused: bool) -> LayerResult:
         kernel, reason = install(self.shaped.model, job, stored)
-        seconds = round(time.perf_counter() - begun, 4)
-        return LayerResult(stored.layer, stored.method, stored.error, stored.nbytes, seconds, kernel, reason, reused)
+        return LayerResult(stored.layer, stored.method, stored.error, stored.nbytes, round(seconds, 4), kernel, reason, reused)
 
     def note(self, text: str) -> None:
         self.emit("note", {"level": "info", "text": text})

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
 
 from bitpress.engine.errors import InputError
 from bitpress.engine.methods.ability import Ability
@@ -63,6 +63,10 @@ class Method(ABC):
         """The statistics it needs with these options."""
         return self.needs
 
+    def within_block(self, options: Any) -> bool:
+        """Whether layers should see what the finished layers before them in their own block put out, not only those of earlier blocks."""
+        return False
+
     def satisfies(self, scheme: Scheme) -> bool:
         """True when this method gives a layer a part of what its scheme asks for."""
         return self.ability.satisfies(scheme)
@@ -98,10 +102,6 @@ class LinearMethod(Method):
 
     acts_on: ClassVar[str] = "linear"
 
-    def within_block(self, options: Any) -> bool:
-        """Whether layers should see what the finished layers before them in their own block put out, not only those of earlier blocks."""
-        return False
-
     @abstractmethod
     def apply(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: Any) -> Outcome:
         """Bring one matrix to its scheme.
@@ -109,6 +109,52 @@ class LinearMethod(Method):
         weight_NK: float32 [N outputs, K inputs], finite; must not be changed in place. scheme: one that `satisfies`.
         stats: what `needs` names, of this layer's inputs. options: an instance of `Options`.
         """
+
+
+class LearnedWeight(nn.Module, ABC):
+    """One matrix while the block around it is optimised."""
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """The matrix as it would be stored now, float32 [N, K], with gradients for the parameters."""
+
+    @abstractmethod
+    def rates(self) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups: `params` and their `lr`."""
+
+    @abstractmethod
+    def outcome(self) -> Outcome:
+        """What is stored: the codes dequantise to what `forward` gives in `eval` mode."""
+
+
+class BlockOptions(MethodOptions):
+    """How a block is optimised (engine.blockwise). Every method that is has these, so that budgets can be made equal."""
+
+    steps: int = Field(
+        default=200, ge=0, le=20000, title="Steps a block",
+        description="Optimiser steps for each block; 0 keeps the start. Time grows in proportion.",
+    )  # fmt: skip
+    sequences: int = Field(default=4, ge=1, le=64, title="Sequences a step", description="Calibration sequences that each step looks at.")
+    held_out: int = Field(
+        default=8, ge=1, le=256, title="Sequences held out",
+        description="Calibration sequences that are not trained on. The state of least error on them is kept, the start included.",
+    )  # fmt: skip
+    mixing: float = Field(
+        default=0.5, ge=0.0, le=1.0, title="Share of dense inputs",
+        description="Each number that enters a block is taken from the dense model with this probability, else from the compressed blocks before it.",
+    )  # fmt: skip
+
+
+class BlockMethod(Method):
+    """A method that optimises the matrices of a block together, so that the block's output stays near the dense one's."""
+
+    acts_on: ClassVar[str] = "block"
+    gradients: ClassVar[bool] = True
+    Options: ClassVar[type[MethodOptions]] = BlockOptions
+
+    @abstractmethod
+    def start(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: Any) -> LearnedWeight:
+        """One matrix before the first step. Arguments as those of `LinearMethod.apply`."""
 
 
 def finite(weight_NK: Tensor, layer: str) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitpress.engine.errors import InputError
-from bitpress.engine.methods.base import LinearMethod, Method
+from bitpress.engine.methods.base import BlockMethod, LinearMethod, Method
 from bitpress.engine.methods.catalogue import CATALOGUE_VERSION, catalogue_path, read_catalogue, sources_digest
 
 FAMILY_PACKAGE = "bitpress.engine.methods"
@@ -50,6 +50,12 @@ def linear(name: str) -> LinearMethod:
     if not isinstance(method, LinearMethod):
         raise InputError(f"The method {name} does not act on single matrices.", f"It acts on a {method.acts_on}.", "Choose another method.")
     return method
+
+
+def on_weights(name: str) -> LinearMethod | BlockMethod:
+    """The method of that name, which must be one that makes weight matrices. Raises InputError otherwise."""
+    method = get(name)
+    return method if isinstance(method, BlockMethod) else linear(name)
 
 
 def catalogue() -> dict[str, Any]:

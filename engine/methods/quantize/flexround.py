@@ -1,0 +1,73 @@
+"""FlexRound: learns how each weight is stretched before it is rounded, so that a weight may move by several levels (METHODS 1.9)."""
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from bitpress.engine.methods.ability import Ability
+from bitpress.engine.methods.base import BlockMethod, BlockOptions, LearnedWeight, Outcome, Statistics
+from bitpress.engine.methods.quantize.learned import Reshape
+from bitpress.engine.methods.quantize.pipeline import SCALE_DTYPE, ClipSearch, Codes, Grid, decode, encode, search_grid, to_groups
+from bitpress.engine.recipe import BITS, Scheme, WeightScheme
+
+
+class FlexRoundOptions(BlockOptions):
+    """Optimiser and start."""
+
+    rate: float = Field(default=1e-3, gt=0.0, le=1.0, title="Learning rate", description="Of the factors and the scales; falls to 0 along a cosine.")
+
+
+class FlexRound(BlockMethod):
+    """Uniform levels; scale, element and group factors are learned, the zero stays."""
+
+    name = "flexround"
+    title = "FlexRound"
+    family = "quantize"
+    summary = "Learns a factor for every weight before it is rounded to an evenly spaced grid, block by block. Needs text and minutes of training."
+    citation = "Lee et al. 2023, FlexRound: Learnable Rounding based on Element-wise Division, arXiv 2306.00317."
+    cost = "Steps times blocks: about half a minute a block for 200 steps at 135M parameters on two quiet cores."
+    use_when = "Even levels must be kept, for the fastest kernels, and a few minutes of training at 2 or 3 bits can be spared."
+    ability = Ability(part="weights", bits=BITS)
+    Options = FlexRoundOptions
+
+    def start(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: FlexRoundOptions) -> LearnedWeight:
+        """The grid of a clip search with error |e|**2.4, and no factors."""
+        if scheme.weights is None:
+            raise ValueError("flexround was given a scheme without weights")
+        return FlexRoundWeight(weight_NK, scheme.weights, options)
+
+
+class FlexRoundWeight(LearnedWeight):
+    """One matrix under FlexRound."""
+
+    def __init__(self, weight_NK: Tensor, scheme: WeightScheme, options: FlexRoundOptions) -> None:
+        super().__init__()
+        self.scheme, self.options = scheme, options
+        grid = search_grid(to_groups(weight_NK, scheme.group_size).flatten(0, 1), scheme, ClipSearch())
+        self.reshape = Reshape(weight_NK, scheme.group_size, grid.scale)
+        self.zero_R1 = grid.zero
+
+    def grid(self) -> Grid:
+        """The levels as they are stored: the scale rounded, without gradients."""
+        return Grid(self.reshape.scale().to(SCALE_DTYPE).float(), self.zero_R1, 2**self.scheme.bits - 1)
+
+    def forward(self) -> Tensor:
+        """Rounded weights; a weight beyond the last level has no gradient but through the scale."""
+        grid, seen_Rg = self.grid(), self.reshape.seen()
+        free_Rg = (seen_Rg / grid.scale).round_().add_(grid.zero)
+        near_Rg = (free_Rg >= 0) & (free_Rg <= grid.top)
+        return self.reshape.matrix(self.reshape.passed(seen_Rg, decode(free_Rg.clamp_(0, grid.top), grid), near_Rg))
+
+    def rates(self) -> list[dict[str, Any]]:
+        """One rate for all."""
+        return [{"params": list(self.reshape.parameters()), "lr": self.options.rate}]
+
+    def outcome(self) -> Outcome:
+        """Uniform codes on the learned grid."""
+        grid, rows = self.grid(), self.reshape.shape[0]
+        codes_Rg = encode(self.reshape.seen(), grid)
+        zeros_NG = None if self.scheme.symmetric else grid.zero.view(rows, -1).to(torch.uint8)
+        codes = Codes(self.reshape.matrix(codes_Rg).to(torch.uint8).contiguous(), grid.scale.view(rows, -1).to(SCALE_DTYPE), zeros_NG)
+        return Outcome(self.reshape.matrix(decode(codes_Rg, grid)).contiguous(), codes)

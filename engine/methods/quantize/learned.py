@@ -1,0 +1,85 @@
+"""What the learned quantisers share: weights reshaped before they are rounded, and the gradients of that. Knows groups; refuses to know blocks.
+
+FlexRound's transform (METHODS 1.2, 1.9): a weight w of a group with step s = exp(log_scale) is seen as w / exp(log_scale + element +
+group), element a number a weight and group one a group. Multiplied by s again, it is v = w / exp(element + group), which is rounded to
+the nearest level. Shapes: R groups, g weights a group, n planes, L levels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitpress.engine.methods.quantize.binary import signs
+from bitpress.engine.methods.quantize.pipeline import to_groups
+
+
+class Reshape(nn.Module):
+    """The learned transform of one matrix; starts as the identity."""
+
+    def __init__(self, weight_NK: Tensor, group_size: int, scale_R1: Tensor) -> None:
+        """scale_R1: the step of every group, positive."""
+        super().__init__()
+        self.shape, self.group_size = tuple(weight_NK.shape), group_size
+        self.weight_Rg = to_groups(weight_NK, group_size).flatten(0, 1)
+        self.log_scale = nn.Parameter(scale_R1.log())
+        self.element = nn.Parameter(torch.zeros_like(self.weight_Rg))
+        self.group = nn.Parameter(torch.zeros_like(scale_R1))
+
+    def seen(self) -> Tensor:
+        """v [R, g], without gradients."""
+        with torch.no_grad():
+            return (self.element + self.group).neg_().exp_().mul_(self.weight_Rg)
+
+    def scale(self) -> Tensor:
+        """s [R, 1], without gradients."""
+        return self.log_scale.detach().exp()
+
+    def passed(self, seen_Rg: Tensor, made_Rg: Tensor, near_Rg: Tensor) -> Tensor:
+        """`made`, the levels chosen for `seen`, with the gradients of `StraightThrough`: [R, g]."""
+        return StraightThrough.apply(self.log_scale, self.element, self.group, seen_Rg, made_Rg, near_Rg)
+
+    def matrix(self, groups_Rg: Tensor) -> Tensor:
+        """Groups as rows of the matrix again, the filling of a short last group cut off."""
+        return groups_Rg.reshape(self.shape[0], -1)[:, : self.shape[1]]
+
+
+class StraightThrough(torch.autograd.Function):
+    """Passes `made` on; its gradient g reaches the transform as if rounding were the identity wherever `near` (METHODS 1.4).
+
+    With v the seen weights and f = near: dL/delement = -g v f, dL/dgroup its sum over the group, and dL/dlog_scale the sum
+    of g * made - g v f.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_scale: Tensor, element: Tensor, group: Tensor, seen_Rg: Tensor, made_Rg: Tensor, near_Rg: Tensor) -> Tensor:
+        """`made_Rg` itself."""
+        ctx.save_for_backward(seen_Rg, made_Rg, near_Rg)
+        return made_Rg.view_as(made_Rg)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of log_scale [R, 1], element [R, g] and group [R, 1]."""
+        seen_Rg, made_Rg, near_Rg = ctx.saved_tensors
+        element = (grads[0] * seen_Rg).mul_(near_Rg).neg_()
+        group = element.sum(dim=1, keepdim=True)
+        scale = torch.linalg.vecdot(grads[0], made_Rg)[:, None] + group
+        return scale, element, group, None, None, None
+
+
+class LevelSum(torch.autograd.Function):
+    """Adds 0 to `made`; gives every alpha its true gradient, the signed sum of g over the weights that are near (METHODS 1.4)."""
+
+    @staticmethod
+    def forward(ctx: Any, alphas_Rn: Tensor, made_Rg: Tensor, places_Rg: Tensor, near_Rg: Tensor, scale_R1: Tensor) -> Tensor:
+        """`made_Rg` itself."""
+        ctx.save_for_backward(places_Rg, near_Rg, scale_R1)
+        ctx.planes = alphas_Rn.shape[1]
+        return made_Rg.view_as(made_Rg)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the alphas [R, n] and, unchanged, of `made`."""
+        places_Rg, near_Rg, scale_R1 = ctx.saved_tensors
+        by_place_RL = grads[0].new_zeros(len(places_Rg), 2**ctx.planes).scatter_add_(1, places_Rg, grads[0] * near_Rg)
+        return by_place_RL @ signs(ctx.planes) * scale_R1, grads[0], None, None, None
