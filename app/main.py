@@ -11,7 +11,13 @@ from bitpress.app.ui.theme import style
 
 PAGES = Path(__file__).parent / "pages"
 ICON = Path(__file__).parent / "static" / "icon.svg"  # our own file: the name of an icon would have the browser ask a font service for it
-SCREENS = {"explore": ":material/grid_view:", "sensitivity": ":material/thermostat:", "generate": ":material/forum:", "runs": ":material/list_alt:"}
+SCREENS = {
+    "explore": ":material/grid_view:",
+    "sensitivity": ":material/thermostat:",
+    "autotune": ":material/tune:",
+    "generate": ":material/forum:",
+    "runs": ":material/list_alt:",
+}
 
 st.set_page_config("Bitpress", page_icon=ICON, layout="wide")
 page = st.navigation(
