@@ -62,12 +62,10 @@ def _frontier_figure(anatomy: Anatomy, curve: Curve, x: list[float], y: list[flo
         chart.add_scatter(x=[here[0]], y=[here[1]], name="chosen", mode="markers", marker={"symbol": "star", "size": 17, "color": ACCENT, "line": {"width": 1}})
     visible = [value for value in (*y, *(point.harm for point in uniform.values()), *(run.kl for run in runs)) if value > 1e-5]
     if visible:
-        chart.update_yaxes(range=[_log10(min(visible)) - 0.15, _log10(max(visible)) + 0.3])
+        chart.update_yaxes(range=[math.log10(min(visible)) - 0.2, math.log10(max(visible)) + 0.6], exponentformat="power")
+        shown = [place for place, harm in zip(x, y, strict=True) if harm >= min(visible)]
+        chart.update_xaxes(range=[min(shown) - 0.04 * (max(shown) - min(shown)), max(shown) + 0.04 * (max(shown) - min(shown))])
     return chart
-
-
-def _log10(value: float) -> float:
-    return math.log10(value)
 
 
 def check_chart(runs: Sequence[view.Measured]) -> None:
@@ -90,7 +88,8 @@ def check_chart(runs: Sequence[view.Measured]) -> None:
 def _check_figure(runs: Sequence[view.Measured], x: list[float], y: list[float]) -> go.Figure:
     chart = charts.figure(260, "predicted divergence, nat a token", "measured", log_y=True)
     chart.update_layout(hovermode="closest")
-    chart.update_xaxes(type="log")
+    chart.update_xaxes(type="log", dtick=1, exponentformat="power")
+    chart.update_yaxes(exponentformat="power")
     ends = [min(*x, *y) * 0.7, max(*x, *y) * 1.4]
     charts.line(chart, ends, ends, "as predicted", DENSE_COLOUR, "dash")
     chart.add_scatter(x=x, y=y, text=[run.title for run in runs], mode="markers", name="runs", marker={"size": 9, "color": MEASURED_COLOUR},
