@@ -43,7 +43,7 @@ def test_sizes_are_in_the_order_that_the_words_promise(paper: Callable[..., Anat
     assert (
         sizes["uniform-2bit"] < sizes["uniform-3bit"] < sizes["attention-light"] < sizes["uniform-4bit"] < sizes["protect-ends"] < sizes["uniform-8bit"] < dense
     )
-    assert sizes["sparse-50"] == sizes["sparse-2-4"] == dense
+    assert sizes["sparse-50"] == sizes["sparse-2-4"] < 0.7 * dense
     assert sizes["half-the-layers"] < 0.6 * dense
 
 
