@@ -14,9 +14,12 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_lowbit.cpp", "cpu_step.cpp"))
-HEADERS = (Path(__file__).with_name("cpu_bf16.h"),)
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("cpu_lowbit.cpp", "cpu_table.cpp", "cpu_binary.cpp", "cpu_sparse.cpp", "cpu_step.cpp", "cpu_stream.cpp")
+)
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu_bf16.h", "cpu_rows.h", "cpu_lanes.h"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
 BUILD_SECONDS = 180
 _reason = ""
@@ -87,11 +90,21 @@ def _compile(compiler: str, target: Path) -> None:
 
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     address, number, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-    lib.bitpress_linear.argtypes = [address, address, *[number] * 6, address, address, address, address, number]
-    lib.bitpress_linear.restype = number
+    lib.bitpress_linear.argtypes = [address, address, *[number] * 7, address, address, address, number, address, number]
+    lib.bitpress_two_four_codes.argtypes = [address, address, *[number] * 6, *[address] * 4, number]
+    lib.bitpress_linear.restype = lib.bitpress_two_four_codes.restype = number
+    lib.bitpress_binary.restype = number
+    rows: list[Any] = [address, address, *[number] * 4]  # x, y, is_bf16, rows, inputs, outputs
+    lib.bitpress_table.argtypes = [*rows, number, address, address, address, number]
+    lib.bitpress_binary.argtypes = [*rows, number, number, address, address, address, number]
+    lib.bitpress_bitmap.argtypes = [*rows, address, address, address, number]
+    lib.bitpress_two_four.argtypes = [*rows, address, address, number]
+    size = ctypes.c_size_t
+    lib.bitpress_read.argtypes, lib.bitpress_read.restype = [address, size, number], ctypes.c_uint64
+    lib.bitpress_copy.argtypes, lib.bitpress_copy.restype = [address, address, size, number], None
     lib.bitpress_rms_norm.argtypes = [address, address, address, number, real]
     lib.bitpress_attend_one.argtypes = [*[address] * 5, *[number] * 5, real, number]
     lib.bitpress_gated_silu.argtypes = [address, address, number]
-    for silent in (lib.bitpress_rms_norm, lib.bitpress_attend_one, lib.bitpress_gated_silu):
+    for silent in (lib.bitpress_table, lib.bitpress_bitmap, lib.bitpress_two_four, lib.bitpress_rms_norm, lib.bitpress_attend_one, lib.bitpress_gated_silu):
         silent.restype = None
     return lib

@@ -10,231 +10,143 @@
 // 3 bits are a 2-bit plane and a 1-bit plane on top of it; 5 are 4 + 1; 6 are 4 + 2. A chunk has 64 * bits bytes.
 //
 // Arithmetic. Activations become integers of 15 bits, one scale a group: x = sx * (128 * hi + lo) with signed bytes hi and lo.
-// Then sum (code - zero) * x is exact in integers: sum code*hi and sum code*lo by u8 x s8 dot products, minus zero times
-// the sums of hi and lo. The error is that of the 15-bit activations, below the rounding of a bfloat16 input.
+// Then sum (code - zero) * x is sum code*hi and sum code*lo by u8 x s8 dot products, exact in integers, minus zero times the sums
+// of hi and lo. The error is that of the 15-bit activations, below the rounding of a bfloat16 input. Activations that are to be
+// of 8 or 4 bits, one scale a row, are their own hi and have no lo.
+//
+// Two of four. Codes are those of the stored weights, two planes of 2 bits say which of its four each belongs to; a quad of
+// codes meets eight inputs, of which a byte shuffle brings every row its own four.
 
-#include <cmath>
-#include <cstdint>
-#include <algorithm>
-#include <cstring>
-#include <limits>
-#include <vector>
-#include "cpu_bf16.h"
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
-#include <immintrin.h>
-#define HAS_VNNI 1
-#else
-#define HAS_VNNI 0
-#endif
+#include "cpu_lanes.h"
 
 namespace {
 
-constexpr int TILE = 16, CHUNK = 32, QUADS = 8, QUAD_BYTES = 64;
-constexpr size_t WORTH_THREADS = 250000;  // multiplications below which waking other threads costs more than it saves
+constexpr int CHUNK = 32, QUADS = 8;
 
-// One row of activations as 15-bit integers in two signed bytes, one scale a group.
+// One row of activations as integers in two signed bytes, one scale a group. sums: of the integers of a group.
 struct Row {
     int8_t *hi, *lo;
-    float *scale;
-    int32_t *sum_hi, *sum_lo;
+    float *scale, *sum;
 };
 
 struct Shape {
     int rows, inputs, outputs, bits, group;  // group in inputs, a multiple of CHUNK or the padded row
-    int padded() const { return (inputs + CHUNK - 1) / CHUNK * CHUNK; }
+    int activation_bits;                     // 8, 4, or 0 for the 15 bits that stand for x itself
+    int padded() const { return rounded_up(inputs, CHUNK); }
     int groups() const { return (inputs + group - 1) / group; }
     int tiles() const { return (outputs + TILE - 1) / TILE; }
     size_t tile_bytes() const { return size_t(padded()) * TILE * bits / 8; }
 };
 
-void quantise_group(const float *x, int count, int padded, const Row &row, int at, int g) {
-    float top = 0;
-    bool finite = true;
+void split(const int32_t *q, int count, const Row &row, int at, int g, bool halves) {
+    int64_t sum = 0;
     for (int k = 0; k < count; k++) {
-        top = std::max(top, std::fabs(x[k]));
-        finite &= std::isfinite(x[k]);
-    }
-    float scale = top / 16256.0f, inverse = top > 0 && finite ? 1.0f / scale : 0.0f;
-    if (!std::isfinite(inverse)) inverse = 0, scale = 0;  // denormal rows read as zero
-    int32_t sum_hi = 0, sum_lo = 0;
-    for (int k = 0; k < padded; k++) {
-        int q = k < count && finite ? int(std::nearbyintf(x[k] * inverse)) : 0;
-        int hi = (q + 64) >> 7, lo = q - hi * 128;
+        const int hi = halves ? (q[k] + 64) >> 7 : q[k];
         row.hi[at + k] = int8_t(hi);
-        row.lo[at + k] = int8_t(lo);
-        sum_hi += hi;
-        sum_lo += lo;
+        row.lo[at + k] = int8_t(halves ? q[k] - hi * 128 : 0);
+        sum += q[k];
     }
-    // A row that holds NaN or infinity must not come out finite.
-    row.scale[g] = finite ? scale : std::numeric_limits<float>::quiet_NaN();
-    row.sum_hi[g] = sum_hi;
-    row.sum_lo[g] = sum_lo;
+    row.sum[g] = float(sum);
 }
 
-void quantise_row(const void *x, bool is_bf16, const Shape &s, const Row &row) {
-    std::vector<float> wide;
-    const float *values = static_cast<const float *>(x);
-    if (is_bf16) {
-        wide.resize(s.inputs);
-        for (int k = 0; k < s.inputs; k++) wide[k] = from_bf16(static_cast<const uint16_t *>(x)[k]);
-        values = wide.data();
-    }
+void quantise_row(const float *x, const Shape &s, const Row &row, std::vector<int32_t> &q) {
+    q.resize(s.padded() + s.group);
+    const float top = s.activation_bits ? float((1 << (s.activation_bits - 1)) - 1) : 16256.0f;
+    const float whole = s.activation_bits ? quantise(x, s.inputs, s.padded(), top, q.data()) : 0.0f;
     for (int g = 0; g < s.groups(); g++) {
-        int at = g * s.group, count = std::min(s.group, s.inputs - at);
-        int padded = (count + CHUNK - 1) / CHUNK * CHUNK;
-        quantise_group(values + at, count, padded, row, at, g);
+        const int at = g * s.group, count = std::min(s.group, s.inputs - at), padded = rounded_up(count, CHUNK);
+        row.scale[g] = s.activation_bits ? whole : quantise(x + at, count, padded, top, &q[at]);
+        split(&q[at], padded, row, at, g, s.activation_bits == 0);
     }
 }
 
-void store(void *y, bool is_bf16, size_t at, const float *values, int count) {
-    for (int n = 0; n < count; n++) {
-        if (is_bf16) static_cast<uint16_t *>(y)[at + n] = to_bf16(values[n]);
-        else static_cast<float *>(y)[at + n] = values[n];
-    }
+struct Job {
+    const uint8_t *codes;
+    const uint16_t *scales;
+    const void *zeros;  // bytes, bfloat16, or none
+    bool float_zeros;
+    const float *bias;
+    void *y;
+    bool is_bf16;
+};
+
+template <int BITS> inline Reals zeros_of(const Job &job, size_t at) {
+    if (!job.zeros) return every(float(1 << (BITS - 1)));
+    return job.float_zeros ? bf16_at(static_cast<const uint16_t *>(job.zeros) + at) : bytes_as_reals(static_cast<const uint8_t *>(job.zeros) + at);
 }
 
-#if HAS_VNNI
-
-template <int BITS> inline __m512i quad(const uint8_t *chunk, int q);
-
-template <> inline __m512i quad<8>(const uint8_t *chunk, int q) { return _mm512_loadu_si512(chunk + q * QUAD_BYTES); }
-template <> inline __m512i quad<4>(const uint8_t *chunk, int q) {
-    __m512i two = _mm512_loadu_si512(chunk + (q / 2) * QUAD_BYTES);
-    return _mm512_and_si512(q % 2 ? _mm512_srli_epi16(two, 4) : two, _mm512_set1_epi8(15));
-}
-template <> inline __m512i quad<2>(const uint8_t *chunk, int q) {
-    __m512i four = _mm512_loadu_si512(chunk + (q / 4) * QUAD_BYTES);
-    return _mm512_and_si512(_mm512_srli_epi16(four, 2 * (q % 4)), _mm512_set1_epi8(3));
-}
-// Bit q of every byte, moved to bit `to`: one mask operation and no shift across bytes.
-inline __m512i one_bit(const uint8_t *plane, int q, int to) {
-    __m512i eight = _mm512_loadu_si512(plane);
-    return _mm512_maskz_set1_epi8(_mm512_test_epi8_mask(eight, _mm512_set1_epi8(char(1 << q))), char(1 << to));
-}
-template <> inline __m512i quad<3>(const uint8_t *chunk, int q) {
-    return _mm512_or_si512(quad<2>(chunk, q), one_bit(chunk + 2 * QUAD_BYTES, q, 2));
-}
-template <> inline __m512i quad<5>(const uint8_t *chunk, int q) {
-    return _mm512_or_si512(quad<4>(chunk, q), one_bit(chunk + 4 * QUAD_BYTES, q, 4));
-}
-template <> inline __m512i quad<6>(const uint8_t *chunk, int q) {
-    return _mm512_or_si512(quad<4>(chunk, q), _mm512_slli_epi16(quad<2>(chunk + 4 * QUAD_BYTES, q), 4));
-}
-
-inline __m512i broadcast4(const int8_t *bytes) {
-    int32_t word;
-    std::memcpy(&word, bytes, 4);
-    return _mm512_set1_epi32(word);
-}
-
-inline __m512i zeros_of(const uint8_t *zeros, size_t at, int bits) {
-    if (!zeros) return _mm512_set1_epi32(1 << (bits - 1));
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(zeros + at)));
-}
-
-inline __m512 scales_of(const uint16_t *scales, size_t at) {
-    __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(scales + at));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+// total += scale * sx * (128 * hi + lo - zero * sum)
+template <bool HALVES> inline Reals scaled(Reals total, Sums hi, Sums lo, Reals zero, float sum, Reals scale, float sx) {
+    const Reals dot = HALVES ? plus_product(real(hi), every(128.0f), real(lo)) : real(hi);
+    return plus_product(plus_product(zero, every(-sum), dot), times(scale, every(sx)), total);
 }
 
 // NT tiles times MB activation rows. SPLIT accumulators a sum keep dot products independent: each takes five cycles.
-template <int BITS, int NT, int MB, int SPLIT>
-void tiles_times_rows(const uint8_t *codes, const uint16_t *scales, const uint8_t *zeros, const Shape &s, int tile, const Row *rows, float *out) {
-    __m512 total[NT][MB];
-    for (auto &per_tile : total) for (auto &sum : per_tile) sum = _mm512_setzero_ps();
+template <int BITS, int NT, int MB, int SPLIT, bool HALVES> void tiles_times_rows(const Job &job, const Shape &s, int tile, const Row *rows, float *out) {
+    Reals total[NT][MB];
+    for (auto &per_tile : total) for (auto &sum : per_tile) sum = every(0.0f);
     const int groups = s.groups();
     for (int g = 0; g < groups; g++) {
-        __m512i hi[NT][MB][SPLIT], lo[NT][MB][SPLIT];
-        for (int t = 0; t < NT; t++) for (int m = 0; m < MB; m++) for (int p = 0; p < SPLIT; p++) hi[t][m][p] = lo[t][m][p] = _mm512_setzero_si512();
+        Sums hi[NT][MB][SPLIT], lo[NT][MB][SPLIT];
+        for (int t = 0; t < NT; t++) for (int m = 0; m < MB; m++) for (int p = 0; p < SPLIT; p++) hi[t][m][p] = lo[t][m][p] = no_sums();
         const int end = std::min((g + 1) * s.group, s.padded());
         for (int k = g * s.group; k < end; k += CHUNK) {
 #pragma GCC unroll 8
             for (int q = 0; q < QUADS; q++) {
-                __m512i w[NT];
-                for (int t = 0; t < NT; t++) w[t] = quad<BITS>(codes + (tile + t) * s.tile_bytes() + size_t(k) * TILE * BITS / 8, q);
+                Bytes w[NT];
+                for (int t = 0; t < NT; t++) w[t] = quad<BITS>(job.codes + (tile + t) * s.tile_bytes() + size_t(k) * TILE * BITS / 8, q);
                 for (int m = 0; m < MB; m++) {
-                    __m512i xh = broadcast4(rows[m].hi + k + 4 * q), xl = broadcast4(rows[m].lo + k + 4 * q);
+                    const Bytes xh = broadcast4(rows[m].hi + k + 4 * q), xl = broadcast4(rows[m].lo + k + 4 * q);
                     for (int t = 0; t < NT; t++) {
-                        hi[t][m][q % SPLIT] = _mm512_dpbusd_epi32(hi[t][m][q % SPLIT], w[t], xh);
-                        lo[t][m][q % SPLIT] = _mm512_dpbusd_epi32(lo[t][m][q % SPLIT], w[t], xl);
+                        hi[t][m][q % SPLIT] = dot<BITS>(hi[t][m][q % SPLIT], w[t], xh);
+                        if (HALVES) lo[t][m][q % SPLIT] = dot<BITS>(lo[t][m][q % SPLIT], w[t], xl);
                     }
                 }
             }
         }
         for (int t = 0; t < NT; t++) {
             const size_t at = (size_t(tile + t) * groups + g) * TILE;
-            const __m512i zero = zeros_of(zeros, at, BITS);
-            const __m512 scale = scales_of(scales, at);
+            const Reals zero = zeros_of<BITS>(job, at), scale = bf16_at(job.scales + at);
             for (int m = 0; m < MB; m++) {
-                __m512i h = hi[t][m][0], l = lo[t][m][0];
-                for (int p = 1; p < SPLIT; p++) h = _mm512_add_epi32(h, hi[t][m][p]), l = _mm512_add_epi32(l, lo[t][m][p]);
-                h = _mm512_sub_epi32(h, _mm512_mullo_epi32(zero, _mm512_set1_epi32(rows[m].sum_hi[g])));
-                l = _mm512_sub_epi32(l, _mm512_mullo_epi32(zero, _mm512_set1_epi32(rows[m].sum_lo[g])));
-                __m512 dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(h), _mm512_set1_ps(128.0f), _mm512_cvtepi32_ps(l));
-                total[t][m] = _mm512_fmadd_ps(dot, _mm512_mul_ps(scale, _mm512_set1_ps(rows[m].scale[g])), total[t][m]);
+                Sums h = hi[t][m][0], l = lo[t][m][0];
+                for (int p = 1; p < SPLIT; p++) h = both(h, hi[t][m][p]), l = both(l, lo[t][m][p]);
+                total[t][m] = scaled<HALVES>(total[t][m], h, l, zero, rows[m].sum[g], scale, rows[m].scale[g]);
             }
         }
     }
-    for (int t = 0; t < NT; t++) for (int m = 0; m < MB; m++) _mm512_storeu_ps(out + (m * NT + t) * TILE, total[t][m]);
+    for (int t = 0; t < NT; t++) for (int m = 0; m < MB; m++) put(out + (m * NT + t) * TILE, total[t][m]);
 }
 
-#else
-
-inline int code_at(const uint8_t *chunk, int bits, int q, int byte) {
-    auto plane = [&](const uint8_t *at, int width) {
-        int a_load = 8 / width;
-        return (at[(q / a_load) * QUAD_BYTES + byte] >> (width * (q % a_load))) & ((1 << width) - 1);
-    };
-    switch (bits) {
-        case 3: return plane(chunk, 2) | plane(chunk + 2 * QUAD_BYTES, 1) << 2;
-        case 5: return plane(chunk, 4) | plane(chunk + 4 * QUAD_BYTES, 1) << 4;
-        case 6: return plane(chunk, 4) | plane(chunk + 4 * QUAD_BYTES, 2) << 4;
-        default: return plane(chunk, bits);
-    }
-}
-
-// The same sums without vector instructions of our own; the compiler vectorises the inner loops where it can.
-template <int BITS, int NT, int MB, int SPLIT>
-void tiles_times_rows(const uint8_t *codes, const uint16_t *scales, const uint8_t *zeros, const Shape &s, int tile, const Row *rows, float *out) {
-    static_assert(NT == 1, "the plain path takes one tile at a time");
-    std::memset(out, 0, sizeof(float) * MB * TILE);
-    const int groups = s.groups();
-    for (int g = 0; g < groups; g++) {
-        int32_t hi[MB][TILE] = {}, lo[MB][TILE] = {};
+// One tile of two-of-four codes times one row. s.inputs, s.group: of stored weights, half of the matrix's. x: for every eight inputs
+// their eight hi and their eight lo bytes.
+template <int BITS> void two_four_tile(const Job &job, const Shape &s, const uint8_t *places, int tile, const int8_t *x, const float *scales, float *out) {
+    const Bytes fours = every_word(0x04040000), lower = every_word(0x08080808), ones = every_word(0x01010101);
+    Reals total = every(0.0f);
+    for (int g = 0; g < s.groups(); g++) {
+        Sums hi = no_sums(), lo = no_sums(), sum_hi = no_sums(), sum_lo = no_sums();
         const int end = std::min((g + 1) * s.group, s.padded());
         for (int k = g * s.group; k < end; k += CHUNK) {
-            const uint8_t *chunk = codes + tile * s.tile_bytes() + size_t(k) * TILE * BITS / 8;
+            const uint8_t *codes = job.codes + tile * s.tile_bytes() + size_t(k) * TILE * BITS / 8, *at = places + (size_t(tile) * s.padded() + k) * TILE / 4;
+#pragma GCC unroll 8
             for (int q = 0; q < QUADS; q++) {
-                uint8_t w[QUAD_BYTES];
-                for (int b = 0; b < QUAD_BYTES; b++) w[b] = uint8_t(code_at(chunk, BITS, q, b));
-                for (int m = 0; m < MB; m++) {
-                    const int8_t *xh = rows[m].hi + k + 4 * q, *xl = rows[m].lo + k + 4 * q;
-                    for (int n = 0; n < TILE; n++) for (int j = 0; j < 4; j++) hi[m][n] += w[4 * n + j] * xh[j], lo[m][n] += w[4 * n + j] * xl[j];
-                }
+                const int8_t *table = x + size_t(k + 4 * q) * 4;
+                const Bytes w = quad<BITS>(codes, q), index = either(quad<2>(at, q), fours);
+                const Bytes xh = picked(table, index), xl = picked(table, either(index, lower));
+                hi = dot<BITS>(hi, w, xh), lo = dot<BITS>(lo, w, xl);
+                sum_hi = dot<1>(sum_hi, ones, xh), sum_lo = dot<1>(sum_lo, ones, xl);
             }
         }
-        for (int m = 0; m < MB; m++) for (int n = 0; n < TILE; n++) {
-            const size_t at = (size_t(tile) * groups + g) * TILE + n;
-            const int32_t zero = zeros ? zeros[at] : 1 << (BITS - 1);
-            const float dot = 128.0f * float(hi[m][n] - zero * rows[m].sum_hi[g]) + float(lo[m][n] - zero * rows[m].sum_lo[g]);
-            out[m * TILE + n] += dot * from_bf16(scales[at]) * rows[m].scale[g];
-        }
+        const size_t group = (size_t(tile) * s.groups() + g) * TILE;
+        const Reals sum = plus_product(real(sum_hi), every(128.0f), real(sum_lo)), dots = plus_product(real(hi), every(128.0f), real(lo));
+        const Reals centred = plus_product(times(zeros_of<BITS>(job, group), every(-1.0f)), sum, dots);
+        total = plus_product(centred, times(bf16_at(job.scales + group), every(scales[g])), total);
     }
+    put(out, total);
 }
 
-#endif
-
-struct Job {
-    const uint8_t *codes, *zeros;
-    const uint16_t *scales;
-    const float *bias;
-    void *y;
-    bool is_bf16;
-};
-
-template <int BITS, int NT, int MB, int SPLIT> void block(const Job &job, const Shape &s, int tile, int first, const Row *rows) {
+template <int BITS, int NT, int MB, int SPLIT, bool HALVES> void block(const Job &job, const Shape &s, int tile, int first, const Row *rows) {
     float out[NT * MB * TILE];
-    tiles_times_rows<BITS, NT, MB, SPLIT>(job.codes, job.scales, job.zeros, s, tile, rows + first, out);
+    tiles_times_rows<BITS, NT, MB, SPLIT, HALVES>(job, s, tile, rows + first, out);
     for (int m = 0; m < MB; m++) {
         int at = tile * TILE, count = std::min(NT * TILE, s.outputs - at);
         if (job.bias) for (int n = 0; n < count; n++) out[m * NT * TILE + n] += job.bias[at + n];
@@ -242,66 +154,87 @@ template <int BITS, int NT, int MB, int SPLIT> void block(const Job &job, const 
     }
 }
 
-template <int BITS, int NT> void all_rows(const Job &job, const Shape &s, int tile, const Row *rows) {
+template <int BITS, int NT, bool HALVES> void all_rows(const Job &job, const Shape &s, int tile, const Row *rows) {
     int m = 0;
-    for (; m + 4 <= s.rows; m += 4) block<BITS, NT, 4, 1>(job, s, tile, m, rows);
-    for (; m + 2 <= s.rows; m += 2) block<BITS, NT, 2, 1>(job, s, tile, m, rows);
-    if (m < s.rows) block<BITS, NT, 1, 2>(job, s, tile, m, rows);
+    for (; m + 4 <= s.rows; m += 4) block<BITS, NT, 4, 1, HALVES>(job, s, tile, m, rows);
+    for (; m + 2 <= s.rows; m += 2) block<BITS, NT, 2, 1, HALVES>(job, s, tile, m, rows);
+    if (m < s.rows) block<BITS, NT, 1, 2, HALVES>(job, s, tile, m, rows);
 }
 
 template <int BITS> void all_tiles(const Job &job, const Shape &s, const Row *rows, int threads) {
     const int tiles = s.tiles(), step = HAS_VNNI ? 2 : 1, pairs = (tiles + step - 1) / step;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int pair = 0; pair < pairs; pair++) {
-        int tile = pair * step;
+        const int tile = pair * step;
+        const bool two = HAS_VNNI && tile + 1 < tiles, halves = s.activation_bits == 0;
 #if HAS_VNNI
-        if (tile + 1 < tiles) {
-            all_rows<BITS, 2>(job, s, tile, rows);
-            continue;
-        }
+        if (two && halves) all_rows<BITS, 2, true>(job, s, tile, rows);
+        if (two && !halves) all_rows<BITS, 2, false>(job, s, tile, rows);
 #endif
-        all_rows<BITS, 1>(job, s, tile, rows);
+        if (!two && halves) all_rows<BITS, 1, true>(job, s, tile, rows);
+        if (!two && !halves) all_rows<BITS, 1, false>(job, s, tile, rows);
     }
 }
 
 // Working memory of one call, kept by the calling thread so that a decode step allocates nothing.
 struct Scratch {
-    std::vector<int8_t> bytes;
-    std::vector<float> scales;
-    std::vector<int32_t> sums;
+    std::vector<int8_t> bytes, fours;
+    std::vector<float> reals, wide;
     std::vector<Row> rows;
 
-    Row *prepare(const Shape &s) {
-        size_t padded = s.padded() + s.group, groups = s.groups(), count = s.rows;
+    Row *prepare(const Shape &s, const void *x, bool is_bf16, int threads) {
+        const size_t padded = s.padded() + s.group, groups = s.groups(), count = s.rows;
         bytes.resize(2 * count * padded);
-        scales.resize(count * groups);
-        sums.resize(2 * count * groups);
+        reals.resize(2 * count * groups);
         rows.resize(count);
-        for (size_t m = 0; m < count; m++)
-            rows[m] = {&bytes[2 * m * padded], &bytes[(2 * m + 1) * padded], &scales[m * groups], &sums[2 * m * groups], &sums[(2 * m + 1) * groups]};
+        for (size_t m = 0; m < count; m++) rows[m] = {&bytes[2 * m * padded], &bytes[(2 * m + 1) * padded], &reals[2 * m * groups], &reals[(2 * m + 1) * groups]};
+        const float *from = widen_rows(x, is_bf16, s.rows, s.inputs, s.inputs, wide);
+        const Row *all = rows.data();
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > 8)
+        for (int m = 0; m < s.rows; m++) {
+            thread_local std::vector<int32_t> q;
+            quantise_row(from + size_t(m) * s.inputs, s, all[m], q);
+        }
         return rows.data();
     }
+
+    // The eight hi and eight lo bytes of every eight of a row's inputs, side by side; zeros up to `padded`.
+    const int8_t *side_by_side(const Row &row, int inputs, int padded) {
+        fours.assign(size_t(padded) * 2, 0);
+        for (int k = 0; k < inputs; k += 8) {
+            std::memcpy(&fours[2 * size_t(k)], row.hi + k, 8);
+            std::memcpy(&fours[2 * size_t(k) + 8], row.lo + k, 8);
+        }
+        return fours.data();
+    }
 };
+
+template <int BITS> void two_four_tiles(const Job &job, const Shape &s, const uint8_t *places, int m, const int8_t *x, const float *scales, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int tile = 0; tile < s.tiles(); tile++) {
+        float out[TILE];
+        two_four_tile<BITS>(job, s, places, tile, x, scales, out);
+        store(job.y, job.is_bf16, size_t(m) * s.outputs + tile * TILE, out, std::min(TILE, s.outputs - tile * TILE));
+    }
+}
 
 }  // namespace
 
 extern "C" {
 
-// 1 when the vector path was compiled in, 0 for the plain one.
+// 1 when the AVX-512 path was compiled in, 0 for AVX2 or none.
 int bitpress_vectorised() { return HAS_VNNI; }
 
-// y (rows, outputs) = x (rows, inputs) times the transposed tiles, plus bias where given. x and y are bfloat16 or float32.
-// Returns 0, or 1 for a width that has no kernel.
-int bitpress_linear(const void *x, void *y, int is_bf16, int rows, int inputs, int outputs, int bits, int group,
-                    const uint8_t *codes, const uint16_t *scales, const uint8_t *zeros, const float *bias, int threads) {
-    const Shape s{rows, inputs, outputs, bits, group};
+// y (rows, outputs) = x (rows, inputs) times the transposed tiles, plus bias where given. x and y are bfloat16 or float32. zeros:
+// bytes, bfloat16 where float_zeros, or null. activation_bits: 8 or 4 rounds every row of x, 0 leaves it. Returns 0, or 1 for a
+// width that has no kernel.
+int bitpress_linear(const void *x, void *y, int is_bf16, int rows, int inputs, int outputs, int bits, int group, int activation_bits,
+                    const uint8_t *codes, const uint16_t *scales, const void *zeros, int float_zeros, const float *bias, int threads) {
+    const Shape s{rows, inputs, outputs, bits, group, activation_bits};
     if (size_t(rows) * s.padded() * outputs < WORTH_THREADS) threads = 1;
     thread_local Scratch scratch;
-    Row *row = scratch.prepare(s);
-    const size_t stride = size_t(inputs) * (is_bf16 ? 2 : 4);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows > 8)
-    for (int m = 0; m < rows; m++) quantise_row(static_cast<const char *>(x) + m * stride, is_bf16, s, row[m]);
-    const Job job{codes, zeros, scales, bias, y, bool(is_bf16)};
+    const Row *row = scratch.prepare(s, x, is_bf16, threads);
+    const Job job{codes, scales, zeros, bool(float_zeros), bias, y, bool(is_bf16)};
     switch (bits) {
         case 2: all_tiles<2>(job, s, row, threads); return 0;
         case 3: all_tiles<3>(job, s, row, threads); return 0;
@@ -311,5 +244,27 @@ int bitpress_linear(const void *x, void *y, int is_bf16, int rows, int inputs, i
         case 8: all_tiles<8>(job, s, row, threads); return 0;
     }
     return 1;
+}
+
+// The same for two of four: inputs is the matrix's, a multiple of 4; group is of stored weights, a multiple of 32 or their padded row.
+int bitpress_two_four_codes(const void *x, void *y, int is_bf16, int rows, int inputs, int outputs, int bits, int group, const uint8_t *codes,
+                            const uint16_t *scales, const uint8_t *zeros, const uint8_t *places, int threads) {
+    const Shape dense{rows, inputs, outputs, bits, 2 * group, 0}, stored{rows, inputs / 2, outputs, bits, group, 0};
+    if (size_t(rows) * inputs * outputs < WORTH_THREADS) threads = 1;
+    thread_local Scratch scratch;
+    const Row *row = scratch.prepare(dense, x, is_bf16, threads);
+    const Job job{codes, scales, zeros, false, nullptr, y, bool(is_bf16)};
+    for (int m = 0; m < rows; m++) {
+        const int8_t *each = scratch.side_by_side(row[m], dense.padded(), 2 * stored.padded());
+        switch (bits) {
+            case 3: two_four_tiles<3>(job, stored, places, m, each, row[m].scale, threads); break;
+            case 4: two_four_tiles<4>(job, stored, places, m, each, row[m].scale, threads); break;
+            case 5: two_four_tiles<5>(job, stored, places, m, each, row[m].scale, threads); break;
+            case 6: two_four_tiles<6>(job, stored, places, m, each, row[m].scale, threads); break;
+            case 8: two_four_tiles<8>(job, stored, places, m, each, row[m].scale, threads); break;
+            default: return 1;
+        }
+    }
+    return 0;
 }
 }

@@ -1,8 +1,8 @@
 """Low-bit linear layers on the project's own C++ kernels: tile layout in, rows of activations through. Knows no model.
 
 The layout and the arithmetic are described at the head of `cpu_lowbit.cpp`. Activations are rounded to 15-bit integers, one
-scale a weight group; weights, scales and zeros are used as stored. Results differ from the float64 reference by less than a
-bfloat16 matmul does; a row with NaN or infinity comes out NaN.
+scale a weight group, or to 8 or 4 bits where the scheme says so; weights, scales and zeros are used as stored. Results differ
+from the float64 reference by less than a bfloat16 matmul does; a row with NaN or infinity comes out NaN.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 
 @dataclass(frozen=True)
 class Tiles:
-    """A (outputs, inputs) matrix in tile layout. codes uint8, scales bf16 (tiles, groups, 16), zeros uint8 like scales or None."""
+    """A (outputs, inputs) matrix in tile layout. codes uint8, scales bf16 (tiles, groups, 16), zeros uint8 or bf16 like scales, or None."""
 
     codes: Tensor
     scales: Tensor
@@ -31,6 +31,10 @@ class Tiles:
     def matmul(self, x_MK: Tensor) -> Tensor:
         """x_MK: bfloat16 or float32. Returns [M, N] in its dtype."""
         return linear(x_MK, self)
+
+    def rounded_matmul(self, x_MK: Tensor, bits: int) -> Tensor:
+        """The same with x rounded to 8 or 4 bits, one symmetric scale a row: half the dot products."""
+        return linear(x_MK, self, activation_bits=bits)
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +65,7 @@ def tile(codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bits: int
     group = padded if group_size == 0 or group_size >= inputs else group_size
     codes = torch.nn.functional.pad(codes_NK, (0, padded - inputs, 0, -outputs % TILE))
     quads = codes.view(-1, TILE, padded // CHUNK, QUADS, 4).permute(0, 2, 3, 1, 4).reshape(-1, padded // CHUNK, QUADS, TILE * 4)
-    zeros = None if zeros_NG is None else _by_tile(zeros_NG.to(torch.uint8))
+    zeros = None if zeros_NG is None else _by_tile(zeros_NG if zeros_NG.dtype == torch.bfloat16 else zeros_NG.to(torch.uint8))
     return Tiles(_planes(quads, bits), _by_tile(scales_NG.to(torch.bfloat16)), zeros, bits, group, (outputs, inputs))
 
 
@@ -82,8 +86,8 @@ def _planes(quads: Tensor, bits: int) -> Tensor:
     return torch.cat(parts, 2).contiguous()
 
 
-def linear(x: Tensor, tiles: Tiles, bias: Tensor | None = None) -> Tensor:
-    """x (..., inputs) in bf16 or fp32 times the matrix: (..., outputs) in x's dtype. `bias` must be float32."""
+def linear(x: Tensor, tiles: Tiles, bias: Tensor | None = None, activation_bits: int = 0) -> Tensor:
+    """x (..., inputs) in bf16 or fp32 times the matrix: (..., outputs) in x's dtype. `bias` must be float32. activation_bits: 8 or 4 rounds x."""
     lib = cpu_build.library()
     if lib is None:
         raise RuntimeError(cpu_build.why_not())
@@ -94,7 +98,7 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None = None) -> Tensor:
     out = torch.empty(rows.shape[0], outputs, dtype=x.dtype)
     lib.bitpress_linear(
         rows.data_ptr(), out.data_ptr(), x.dtype == torch.bfloat16, rows.shape[0], inputs, outputs, tiles.bits, tiles.group,
-        tiles.codes.data_ptr(), tiles.scales.data_ptr(), 0 if tiles.zeros is None else tiles.zeros.data_ptr(),
-        0 if bias is None else bias.data_ptr(), torch.get_num_threads(),
+        activation_bits, tiles.codes.data_ptr(), tiles.scales.data_ptr(), 0 if tiles.zeros is None else tiles.zeros.data_ptr(),
+        tiles.zeros is not None and tiles.zeros.dtype == torch.bfloat16, 0 if bias is None else bias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out.view(*x.shape[:-1], outputs)

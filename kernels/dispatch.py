@@ -8,11 +8,18 @@ from dataclasses import dataclass
 
 import torch
 
-from bitpress.kernels import cpu, cpu_lowbit
-from bitpress.kernels.layout import DenseLayout, Layout, PairLayout, UniformLayout, words_of
+from bitpress.kernels import cpu, cpu_coded, cpu_lowbit
+from bitpress.kernels.layout import DenseLayout, Layout, PairLayout, UniformLayout
 
 LOWBIT, INT4, INT4_SPLIT, INT8, DEQUANTIZE = "C++ low-bit", "int4 pack", "int4 pack, two nibbles", "int8 pack", "dequantize"
-DENSE, PAIR = "dense", "low-rank pair"
+DENSE, PAIR, TABLE, BINARY, BITMAP, TWO_FOUR = "dense", "low-rank pair", "C++ table", "C++ binary", "C++ bitmap", "C++ 2:4"
+CODED = {
+    "table": (TABLE, "looks every code up in a register"),
+    "binary": (BINARY, "looks up sums of four inputs for every plane and multiplies nothing"),
+    "bitmap": (BITMAP, "spreads the stored values to their places in a register"),
+    "2:4": (TWO_FOUR, "picks the two inputs of every four that have weights"),
+}
+CODED_MAX_BATCH = 64
 # Rows of activations up to which the pack ops beat dequantise and multiply. A row costs them 0.04 ns a weight and dequantising
 # costs 1.6 ns a weight once (one AVX-512 core at 2.5 GHz), so the crossover lies near 64 for every width.
 PACK_MAX_BATCH = 64
@@ -26,16 +33,38 @@ class Choice:
     reason: str
 
 
-def choose(layout: Layout, shape: tuple[int, int], device: torch.device | str, dtype: torch.dtype, batch: int) -> Choice:
-    """The kernel for activations [batch, K] of `dtype` times a packed matrix of `shape` (N, K) on `device`."""
+def choose(layout: Layout, shape: tuple[int, int], device: torch.device | str, dtype: torch.dtype, batch: int, activation_bits: int | None = None) -> Choice:
+    """The kernel for activations [batch, K] of `dtype` times a packed matrix of `shape` (N, K) on `device`.
+
+    activation_bits: 8 or 4 where every row of activations is to be rounded first.
+    """
     match layout:
+        case UniformLayout() if activation_bits is not None:
+            return _choose_rounded(layout, shape, device, dtype, batch, activation_bits)
         case UniformLayout():
             return _choose_uniform(layout, shape, device, dtype, batch)
         case DenseLayout():
             return Choice(DENSE, "stored as it is")
         case PairLayout():
             return _choose_pair(layout, shape, device, dtype, batch)
-    return Choice(DEQUANTIZE, f"dequantise and multiply: there is no packed kernel for {words_of(layout)} yet")
+    return _choose_coded(layout, shape, torch.device(device).type, dtype, batch)
+
+
+def _choose_coded(layout: cpu_coded.CodedLayout, shape: tuple[int, int], device: str, dtype: torch.dtype, batch: int) -> Choice:
+    """Tables, binary codes, zeros that are not stored: the C++ kernels, or none."""
+    kernel, how = CODED[layout.name]
+    refusal = f"there is no packed kernel for {device} yet" if device != "cpu" else cpu_coded.refusal(layout, dtype, shape[1])
+    if not refusal and batch > CODED_MAX_BATCH:
+        refusal = f"above {CODED_MAX_BATCH} rows of inputs one matmul of dequantised weights is faster"
+    return Choice(DEQUANTIZE, f"dequantise and multiply: {refusal}") if refusal else Choice(kernel, f"C++ kernel: {how}")
+
+
+def _choose_rounded(layout: UniformLayout, shape: tuple[int, int], device: torch.device | str, dtype: torch.dtype, batch: int, bits: int) -> Choice:
+    """With integer activations the C++ kernels have half the work, and take any batch."""
+    slow = _refuse_lowbit(layout, shape, torch.device(device).type, dtype, min(batch, PACK_MAX_BATCH))
+    if slow is None:
+        return Choice(LOWBIT, f"C++ kernel: multiplies {layout.bits}-bit codes and {bits}-bit inputs in integers")
+    return Choice(DEQUANTIZE, f"rounds the inputs, then dequantises and multiplies: {slow}")
 
 
 def _choose_pair(layout: PairLayout, shape: tuple[int, int], device: torch.device | str, dtype: torch.dtype, batch: int) -> Choice:
@@ -77,8 +106,6 @@ def _refuse_lowbit(layout: UniformLayout, shape: tuple[int, int], device: str, d
         return f"the C++ kernels take bfloat16 and float32 inputs, not {str(dtype).removeprefix('torch.')}"
     if dtype == torch.bfloat16 and batch > PACK_MAX_BATCH:
         return f"above {PACK_MAX_BATCH} rows a bfloat16 matmul is faster than the C++ kernels"
-    if layout.zero == "float" and not layout.symmetric:
-        return "the C++ kernels take integer zeros only"
     return cpu_lowbit.refusal(layout.bits, layout.group_size, shape[1]) or None
 
 

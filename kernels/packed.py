@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from bitpress.kernels import cpu, cpu_lowbit, dispatch
+from bitpress.kernels import cpu, cpu_coded, cpu_lowbit, dispatch
 from bitpress.kernels.activations import quantize_rows
 from bitpress.kernels.formats import PackedTensor, concat
 from bitpress.kernels.layout import words_of
@@ -105,7 +105,10 @@ class PackedLinear(_Packed):
         return cpu.dequantized_matmul(x_MK, self.packed) if kernel == dispatch.DEQUANTIZE else self.form(kernel).matmul(x_MK)
 
     def _rounded_product(self, x_MK: Tensor, bits: int) -> Tensor:
-        """Levels are whole numbers that every float type holds exactly; their scale comes in after the product."""
+        """The C++ kernels round by themselves. Elsewhere: levels are whole numbers that every float type holds; their scale comes in afterwards."""
+        kernel = self._kernels.get((len(x_MK), x_MK.dtype)) or self._choose(len(x_MK), x_MK.dtype)
+        if kernel == dispatch.LOWBIT and isinstance(form := self.form(kernel), cpu_lowbit.Tiles):
+            return form.rounded_matmul(x_MK, bits)
         levels_MK, scale_M1 = quantize_rows(x_MK, bits)
         return (self._product(levels_MK.to(x_MK.dtype)) * scale_M1).to(x_MK.dtype)
 
@@ -114,7 +117,7 @@ class PackedLinear(_Packed):
 
     def kernel_for(self, batch: int, dtype: torch.dtype = torch.bfloat16) -> dispatch.Choice:
         """What runs for activations [batch, K] of this type, and why."""
-        return dispatch.choose(self.layout, self.shape, self.device, dtype, batch)
+        return dispatch.choose(self.layout, self.shape, self.device, dtype, batch, self.activation_bits)
 
     @property
     def kernel(self) -> str:
@@ -195,6 +198,10 @@ FORMS: dict[str, Callable[[PackedTensor], Form]] = {
     dispatch.INT8: cpu.int8_form,
     dispatch.DENSE: cpu.dense_form,
     dispatch.PAIR: _pair_form,
+    dispatch.TABLE: cpu_coded.table_tiles,
+    dispatch.BINARY: cpu_coded.binary_tiles,
+    dispatch.BITMAP: cpu_coded.bitmap_rows,
+    dispatch.TWO_FOUR: cpu_coded.two_four_form,
 }
 
 

@@ -16,9 +16,10 @@ from bitpress.kernels.sparse import pack_bitmap, pack_two_four, pack_two_four_co
 from bitpress.kernels.tables import nearest, pack_table, round_scales, scales_of
 
 LAYOUTS: tuple[Layout, ...] = (
-    UniformLayout(4, 32), UniformLayout(3, 24, zero="float"), UniformLayout(8, 0, True), TableLayout("nf4"), TableLayout("fp4", 32),
-    TableLayout("nf4", 16, double_scales=True), BinaryLayout(2), BinaryLayout(3, 32), BinaryLayout(4, 0), BitmapLayout(0.5), BitmapLayout(0.83, itemsize=4),
-    TwoFourLayout(DenseLayout()), TwoFourLayout(UniformLayout(4, 16)), TwoFourLayout(UniformLayout(8, 0, True)), DenseLayout(),
+    UniformLayout(4, 32), UniformLayout(3, 24, zero="float"), UniformLayout(5, 32, zero="float"), UniformLayout(8, 0, True),
+    TableLayout("nf4"), TableLayout("fp4", 32), TableLayout("nf4", 16, double_scales=True),
+    BinaryLayout(2), BinaryLayout(3, 32), BinaryLayout(4, 0), BitmapLayout(0.5), BitmapLayout(0.83, itemsize=4), DenseLayout(),
+    TwoFourLayout(DenseLayout()), TwoFourLayout(UniformLayout(4, 32)), TwoFourLayout(UniformLayout(3, 16)), TwoFourLayout(UniformLayout(8, 0, True)),
     PairLayout(0.5, DenseLayout(), DenseLayout()), PairLayout(0.7, UniformLayout(4, 32), UniformLayout(8, 0, True)),
 )  # fmt: skip
 
@@ -90,7 +91,7 @@ def _binary(weight_NK: Tensor, layout: BinaryLayout, seed: int) -> PackedTensor:
 
 def _two_four(weight_NK: Tensor, layout: TwoFourLayout) -> PackedTensor:
     fours = weight_NK.view(len(weight_NK), -1, 4)
-    pruned_NK = torch.where(fours.abs() >= fours.abs().topk(2).values[..., 1:], fours, 0.0).view(weight_NK.shape)
+    pruned_NK = fours.scatter(-1, fours.abs().topk(2, largest=False).indices, 0.0).view(weight_NK.shape)
     if isinstance(layout.values, DenseLayout):
         return pack_two_four(pruned_NK.bfloat16(), layout)
     whole = replace(layout.values, group_size=2 * layout.values.group_size)

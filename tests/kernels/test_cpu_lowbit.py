@@ -1,9 +1,4 @@
-"""The C++ kernels against float64 over shapes, widths and groups; the vector path and the plain one."""
-
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
+"""The C++ kernels against float64 over shapes, widths and groups."""
 
 import pytest
 import torch
@@ -110,24 +105,6 @@ def test_refuses_other_dtypes_and_widths() -> None:
         cpu_lowbit.linear(torch.randn(1, 64).half(), tiles)
     assert "no 7-bit path" in cpu_lowbit.refusal(7, 64, 64)
     assert "multiple of 32" in cpu_lowbit.refusal(4, 48, 96)
-
-
-def test_the_plain_path_gives_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a processor without AVX-512 VNNI runs, compiled here for the oldest x86-64."""
-    compiler = shutil.which("g++")
-    if compiler is None or cpu_build.platform.machine() != "x86_64":
-        pytest.skip("needs g++ on x86-64")
-    target = tmp_path / "plain.so"
-    flags = [flag for flag in cpu_build.FLAGS if not flag.startswith("-march")]
-    subprocess.run([compiler, *flags, "-march=x86-64", "-o", str(target), *map(str, cpu_build.SOURCES)], check=True, timeout=180)
-    plain = cpu_build._declare(ctypes.CDLL(str(target)))
-    assert plain.bitpress_vectorised() == 0
-    cases = [(bits, cpu_lowbit.tile(*random_matrix(33, 70, bits, 32), bits, 32)) for bits in cpu_lowbit.PLANES]
-    x = torch.randn(3, 70)
-    ours = [cpu_lowbit.linear(x, tiles) for _, tiles in cases]
-    monkeypatch.setattr(cpu_build, "library", lambda: plain)
-    for (bits, tiles), wanted in zip(cases, ours, strict=True):
-        assert torch.allclose(cpu_lowbit.linear(x, tiles), wanted, rtol=1e-4, atol=1e-3), bits
 
 
 def test_no_compiler_is_a_reason_and_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
