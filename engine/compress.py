@@ -27,6 +27,7 @@ from bitpress.engine.methods.stages import plan_stages
 from bitpress.engine.model import surgery
 from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.model.load import Loaded
+from bitpress.engine.prepare import needs_text, preparations, prepare, prepare_again
 from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme, WeightScheme
 from bitpress.kernels.formats import PackedTensor, pack
 from bitpress.kernels.layout import BitmapLayout, DenseLayout, Layout, TwoFourLayout, UniformLayout
@@ -134,11 +135,14 @@ def compress(
     started = time.perf_counter()
     shaped = shape_twin(loaded, recipe)
     jobs = plan_jobs(recipe, loaded.anatomy, shaped.places)
-    needed = any(job.needs or job.trained for job in jobs)
+    needed = any(job.needs or job.trained for job in jobs) or needs_text(recipe)
     calibration = (calibration or calibration_set(loaded, recipe.calibration, recipe.seed)) if needed else None
     made_from = MadeFrom(loaded.anatomy.fingerprint, recipe.digest(), calibration.sha256 if calibration else "")
     if store:
         store.check(job.part.name for job in jobs)
+    if any(preparations(recipe)):
+        loaded = prepare(loaded, recipe, calibration.ids_SL if calibration else None, made_from, store.folder.parent if store else None, emit, should_stop)
+        shaped = shape_twin(loaded, recipe)
     making = _Making(loaded.model, shaped, jobs, made_from, recipe.seed, emit, store, should_stop)
     making.run(calibration)
     size = weights_of(shaped.model, loaded.anatomy.block_prefix, loaded.anatomy.itemsize).stored_bytes
@@ -152,8 +156,10 @@ def load_compressed(run_folder: Path, loaded: Loaded) -> nn.Module:
     """
     folder = Path(run_folder)
     recipe = Recipe.from_yaml(folder / "recipe.yaml")
-    shaped = shape_twin(loaded, recipe)
     store, made_from = LayerStore(folder), MadeFrom(loaded.anatomy.fingerprint, recipe.digest(), calibration=None)
+    if any(preparations(recipe)):
+        loaded = prepare_again(loaded, recipe, folder, made_from)
+    shaped = shape_twin(loaded, recipe)
     for job in plan_jobs(recipe, loaded.anatomy, shaped.places):
         stored = store.load(job.part.name, made_from)
         if stored is None:
@@ -193,9 +199,10 @@ def _moved(part: Part, moved: dict[int, int], prefix: str) -> Part:
 
 def plan_jobs(recipe: Recipe, anatomy: Anatomy, places: dict[str, str]) -> list[LayerJob]:
     """Every matrix that the recipe changes, block by block in the order in which they run, embedding and head last."""
-    methods = [registry.on_weights(stage.method) for stage in recipe.stages]
-    staged = [(method, method.parse(stage.options)) for method, stage in zip(methods, recipe.stages, strict=True)]
-    plan = plan_stages(recipe, anatomy, {method.name: method.ability for method in methods})
+    preparing = {number for number, _, _ in preparations(recipe)}
+    methods = {number: registry.on_weights(stage.method) for number, stage in enumerate(recipe.stages) if number not in preparing}
+    staged = {number: (method, method.parse(recipe.stages[number].options)) for number, method in methods.items()}
+    plan = plan_stages(recipe, anatomy, {method.name: method.ability for method in methods.values()})
     schemes = recipe.resolve(anatomy)
     jobs = []
     for name, numbers in plan.steps.items():

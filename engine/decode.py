@@ -117,6 +117,8 @@ def _why_not_own(model: Any, max_length: int) -> str | None:
     config = model.config.get_text_config()
     if config.model_type not in OWN_LOOP:
         return f"our own loop does not know {config.model_type or type(model).__name__} models"
+    if any(module._forward_pre_hooks for module in model.modules()):
+        return "something is done to the inputs of a layer (a rotation)"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in MOVING_ROPE:
         return f"positions of type {rope} change with the length"

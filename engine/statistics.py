@@ -4,6 +4,7 @@ A statistic is a small class with a name, `add` and `result`; a new one is one m
 in float64: a float32 sum of a million squares loses the digits that a solver needs.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -55,7 +56,41 @@ class Gram:
         return _mean(self.total_KK, self.rows)
 
 
-STATISTICS: dict[str, type[SecondMoment] | type[Gram]] = {"second_moment": SecondMoment, "gram": Gram}
+class MeanAbs:
+    """E[|x_j|] of every input j: float64 [K]."""
+
+    def __init__(self) -> None:
+        self.total_K: Tensor | None = None
+        self.rows = 0
+
+    def add(self, x_MK: Tensor) -> None:
+        """Add M rows."""
+        sizes_K = x_MK.abs().sum(dim=0, dtype=torch.float64)
+        self.total_K = sizes_K if self.total_K is None else self.total_K.add_(sizes_K)
+        self.rows += len(x_MK)
+
+    def result(self) -> Tensor:
+        """The mean size of each input. Raises ValueError when no row came."""
+        return _mean(self.total_K, self.rows)
+
+
+class Peak:
+    """max |x_j| of every input j: float64 [K]."""
+
+    def __init__(self) -> None:
+        self.most_K: Tensor | None = None
+
+    def add(self, x_MK: Tensor) -> None:
+        """Look at M rows."""
+        most_K = x_MK.abs().amax(dim=0).double()
+        self.most_K = most_K if self.most_K is None else torch.maximum(self.most_K, most_K)
+
+    def result(self) -> Tensor:
+        """The largest size of each input. Raises ValueError when no row came."""
+        return _mean(self.most_K, 1)
+
+
+STATISTICS: dict[str, Callable[[], Statistic]] = {"second_moment": SecondMoment, "gram": Gram, "mean_abs": MeanAbs, "peak": Peak}
 
 
 def _mean(total: Tensor | None, rows: int) -> Tensor:

@@ -12,7 +12,7 @@ class Ability(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    part: Literal["weights", "sparsity", "rank"]
+    part: Literal["weights", "sparsity", "rank", "prepare"]  # prepare: none of them, but something before them
     bits: tuple[int, ...] = ()  # widths, for weights
     formats: tuple[str, ...] = ("uniform",)  # of codes, for weights
     zeros: tuple[str, ...] = ("integer",)  # of asymmetric uniform codes, for weights

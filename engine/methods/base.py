@@ -4,7 +4,7 @@ A new method is one file in the folder of its family with one subclass of `Linea
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bitpress.engine.errors import InputError
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.quantize.pipeline import Codes
+from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import Scheme
 from bitpress.kernels.formats import PackedTensor
 
@@ -155,6 +156,43 @@ class BlockMethod(Method):
     @abstractmethod
     def start(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: Any) -> LearnedWeight:
         """One matrix before the first step. Arguments as those of `LinearMethod.apply`."""
+
+
+class PreparationMethod(Method):
+    """A method that changes a dense model so that later stages lose less, and leaves what the model computes as it is."""
+
+    ability: ClassVar[Ability] = Ability(part="prepare")
+
+
+class ScalingMethod(PreparationMethod):
+    """A preparation that moves a factor for each input from the linears that read it to the module before them."""
+
+    acts_on: ClassVar[str] = "block"
+
+    def kinds(self, options: Any) -> frozenset[str]:
+        """Which links it scales: linears after a "norm", `o` after "v", `down` after "up" (engine.model.links)."""
+        return frozenset({"norm"})
+
+    @abstractmethod
+    def scale(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], stats: Statistics, options: Any) -> Tensor:
+        """What to multiply the columns by and divide the inputs by: float64 [K], positive.
+
+        weights: float32 [N, K] of each linear that reads these inputs. schemes: what each becomes later. stats: of the inputs.
+        """
+
+    def limits(self, weight_NK: Tensor, scheme: Scheme, gram_KK: Tensor, role: str, options: Any) -> Tensor | None:
+        """The largest |weight| that each group of each row may keep, [N, G]; None leaves the matrix alone. Only this step loses anything."""
+        return None
+
+
+class TurningMethod(PreparationMethod):
+    """A preparation of the whole model that looks at no text."""
+
+    acts_on: ClassVar[str] = "model"
+
+    @abstractmethod
+    def turn(self, model: nn.Module, anatomy: Anatomy, seed: int, options: Any) -> tuple[str, ...]:
+        """Change a model in place, by new parameters and hooks; the same seed gives the same model. Returns notes for the run's events."""
 
 
 def finite(weight_NK: Tensor, layer: str) -> Tensor:

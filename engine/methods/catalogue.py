@@ -125,13 +125,18 @@ def _idle_problems(plan: Plan, recipe: Recipe, entries: dict[str, dict[str, Any]
     for number in plan.idle:
         stage = recipe.stages[number]
         part = entries[stage.method]["ability"]["part"]
+        if part == "prepare":
+            wrong = f"The stage {stage.method} has nothing to prepare for: no other stage does anything."
+            found.append(Problem(field=f"stages[{number}]", wrong=wrong, right="Remove the stage, or add one such as `method: rtn` after it."))
+            continue
         wrong = f"The stage {stage.method} has nothing to do: no layer it is pointed at still needs {PART_WORDS[part]}."
         found.append(Problem(field=f"stages[{number}]", wrong=wrong, right=f"Remove the stage, or set `{part}` in a scheme."))
     return found
 
 
 def _order_problems(plan: Plan) -> list[Problem]:
+    misplaced = [Problem(field=f"stages[{number}]", wrong="Comes after what it should prepare for.", right="Put it first.") for number in plan.misplaced]
     if not plan.late:
-        return []
+        return misplaced
     wrong = f"Would change {plan.late[0]} after its weights were rounded to codes."
-    return [Problem(field="stages", wrong=wrong, right="Put stages that prune before stages that quantise.")]
+    return [*misplaced, Problem(field="stages", wrong=wrong, right="Put stages that prune before stages that quantise.")]

@@ -18,7 +18,8 @@ class Plan:
     steps: dict[str, list[int]] = field(default_factory=dict)
     unmet: dict[str, list[str]] = field(default_factory=dict)  # part of the scheme -> layers that no stage gives it
     joint: set[str] = field(default_factory=set)  # layers whose last stage also gives a second part in the same pass
-    idle: list[int] = field(default_factory=list)  # stages without a layer
+    idle: list[int] = field(default_factory=list)  # stages without a layer, preparations for no later stage
+    misplaced: list[int] = field(default_factory=list)  # preparations behind what they should prepare for
     late: list[str] = field(default_factory=list)  # layers whose codes would be changed after they were rounded
 
 
@@ -41,7 +42,9 @@ def plan_stages(recipe: Recipe, anatomy: Anatomy, known: dict[str, Ability]) -> 
             done.append(last.also)
         _leftovers(plan, name, scheme, done)
     used = {number for steps in plan.steps.values() for number in steps}
-    plan.idle = [number for number in range(len(recipe.stages)) if number not in used]
+    preparing = {number for number, stage in enumerate(recipe.stages) if (ability := known.get(stage.method)) and ability.part == "prepare"}
+    plan.idle = [number for number in range(len(recipe.stages)) if number not in used and (number not in preparing or not used)]
+    plan.misplaced = sorted(number for number in preparing if used and number > min(used))
     return plan
 
 

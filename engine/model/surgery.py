@@ -23,8 +23,10 @@ def get(model: nn.Module, name: str) -> nn.Module:
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the module of that name was."""
-    get(model, name)
+    """Put `module` where the module of that name was. What was done to the old one's inputs and outputs (a rotation) is done to the new one's."""
+    old = get(model, name)
+    module._forward_pre_hooks.update(old._forward_pre_hooks)
+    module._forward_hooks.update(old._forward_hooks)
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
