@@ -15,6 +15,7 @@ SCREENS = {
     "explore": ":material/grid_view:",
     "sensitivity": ":material/thermostat:",
     "autotune": ":material/tune:",
+    "compare": ":material/compare_arrows:",
     "generate": ":material/forum:",
     "runs": ":material/list_alt:",
 }

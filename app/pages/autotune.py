@@ -128,10 +128,11 @@ def budget_sliders(curve: Curve, latency: LatencyTable | None, choices: Choices)
     least = float(latency.seconds(choices).min(axis=1).sum() + latency.head_seconds(choices)) if latency else 0.0
     known = view.slides(curve, dense, least)
     first = st.selectbox("Budget", list(known), format_func=lambda kind: known[kind].label, key="budget", bind="query-params")
+    first = first if first in known else next(iter(known))  # a link may say anything
     budgets = {first: _slider(first, known[first])}
     others = [NONE, *(kind for kind in known if kind != first)]
     second = st.selectbox("And", others, format_func=lambda kind: "Nothing else" if kind == NONE else known[kind].label, key="second", bind="query-params")
-    if second != NONE:
+    if second in known:
         budgets[second] = _slider(second, known[second])
     if latency is None:
         st.caption("Run `bitpress bench kernels` once to budget time as well.")

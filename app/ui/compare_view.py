@@ -6,13 +6,18 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from bitpress.app.edits import describe
+from bitpress.app.ui.layer_map import Cell, Legend
 from bitpress.app.ui.numbers import MINUS, THIN, amount
-from bitpress.app.ui.run_names import plan_of_run
+from bitpress.app.ui.run_names import plan_of_run, short_id
+from bitpress.engine.model.anatomy import Anatomy
+from bitpress.engine.recipe import Recipe, Scheme
 from bitpress.engine.runs.labels import Labels, read_labels
 from bitpress.engine.runs.status import Status
 from bitpress.engine.runs.store import Run, Store
 
 MOST_RUNS = 5000
+DENSE_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -216,3 +221,75 @@ def _uniform_width(folder: str, run_id: str) -> str:
     if recipe is None or len(recipe.schemes) != 1 or recipe.structure.drop_blocks or recipe.schemes[0].sparsity or recipe.schemes[0].match != "*":
         return ""
     return str(getattr(recipe.schemes[0].weights, "bits", "") or "")
+
+
+# Words and pieces --------------------------------------------------------------------------------------------------
+
+
+def title_of(entry: Entry) -> str:
+    """Plan and short id."""
+    return entry.title if entry.id == "dense" else f"{entry.title} · {short_id(entry.id)}"
+
+
+def line_of(entry: Entry) -> str:
+    """The main figures in one line."""
+    return " · ".join(
+        f"{QUANTITIES[name].title.lower()} {amount(entry.figures[name])}{THIN}{QUANTITIES[name].unit}".strip() for name in SHORT if name in entry.figures
+    )
+
+
+def sieved(entries: Sequence[Entry], words: str, tags: Sequence[str], starred: bool, archived: bool) -> list[Entry]:
+    """Those that hold every word and tag; deleted ones never, archived ones where asked for, starred ones first."""
+
+    def holds(entry: Entry) -> bool:
+        labels = entry.labels
+        text = f"{entry.title} {entry.id} {labels.note} {' '.join(labels.tags)}".lower()
+        seen = labels.deleted is None and (archived or not labels.archived) and (labels.star or not starred)
+        return seen and set(tags) <= set(labels.tags) and all(word in text for word in words.lower().split())
+
+    return sorted(filter(holds, entries), key=lambda entry: not entry.labels.star)
+
+
+def texts_of(run_id: str) -> dict[str, str]:
+    """Prompt -> what the run's compressed model wrote on it."""
+    return _texts(str(Store().folder), run_id)
+
+
+@lru_cache(maxsize=256)
+def _texts(folder: str, run_id: str) -> dict[str, str]:
+    samples = Run(Store().folder / run_id).samples()
+    return {
+        str(sample["prompt"]): str(sample["prompt"]) + "".join(str(token.get("text", "")) for token in sample.get("tokens", ()))
+        for sample in samples
+        if sample.get("side") == "compressed" and "prompt" in sample
+    }
+
+
+def difference_cells(anatomy: Anatomy, before: Recipe, after: Recipe) -> tuple[list[Cell], int]:
+    """A square a matrix, coloured by how many bits a weight it gained or lost, and how many matrices differ in any way."""
+    old, new = before.resolve(anatomy), after.resolve(anatomy)
+    found = {(part.role, part.block): part for part in anatomy.linears}
+    cells, changed = [], 0
+    for role in anatomy.roles:
+        for block in range(anatomy.blocks):
+            part = found.get((role, block))
+            if part is None:
+                cells.append(Cell(f"{role}-{block}", role, block, title=f"Block {block} has no {role}", state="missing"))
+                continue
+            one, two = old.get(part.name), new.get(part.name)
+            changed += one != two
+            more = _bits(two) - _bits(one)
+            text = "" if one == two else f"{'+' if more > 0 else MINUS if more < 0 else '±'}{abs(more)}"
+            title = f"Block {block}, {role}\nfrom {describe(one)}\nto {describe(two)}\n{part.name}"
+            cells.append(Cell(part.name, role, block, None if one == two else 0.5 + max(-0.5, min(0.5, more / 12)), text, title))
+    return cells, changed
+
+
+def _bits(scheme: Scheme | None) -> int:
+    return 0 if scheme is None else scheme.weights.bits if scheme.weights else DENSE_BITS
+
+
+def difference_legend() -> Legend:
+    """Steps of the diverging scale."""
+    steps = tuple((f"{'+' if bits > 0 else MINUS if bits < 0 else ''}{abs(bits)}", 0.5 + bits / 12) for bits in (-6, -3, 0, 3, 6))
+    return Legend("Bits gained or lost", (*steps, ("the same", None)))

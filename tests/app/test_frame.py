@@ -29,7 +29,7 @@ def test_the_frame_opens_on_explore_with_the_model_in_the_sidebar(open_app: Call
     assert app.button(key="compress")
 
 
-@pytest.mark.parametrize("page", ["sensitivity", "autotune", "generate", "runs"])
+@pytest.mark.parametrize("page", ["sensitivity", "autotune", "compare", "generate", "runs"])
 def test_every_page_opens(open_app: Callable[[], AppTest], page: str) -> None:
     app = open_app()
     app.switch_page(f"pages/{page}.py").run()

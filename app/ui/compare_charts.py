@@ -1,0 +1,110 @@
+"""The charts of the compare page: Pareto plot, parallel coordinates, colours of the table. Knows entries; reads no file."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import streamlit as st
+
+from bitpress.app.ui import charts
+from bitpress.app.ui.compare_view import QUANTITIES, SHORT, Entry, heading, title_of
+from bitpress.app.ui.numbers import amount
+from bitpress.app.ui.theme import ACCENT, DENSE_COLOUR
+
+BETTER, WORSE = "#1f68bc", "#bf5a05"
+HEIGHT = 420
+LOG = ("perplexity", "kl", "ttft")
+MOST_STYLED = 1000
+
+
+def coloured(rows: Mapping[str, Sequence[Any]]) -> Any:
+    """The table with better in blue and worse in orange; the sign and the triangle say the same."""
+    frame = pd.DataFrame({name: list(values) for name, values in rows.items()})
+    deltas = [name for name in frame.columns if name.startswith("Δ")]
+    if len(frame) > MOST_STYLED or not deltas:
+        return frame
+    colour = {"▲": f"color: {BETTER}; font-weight: 600", "▽": f"color: {WORSE}; font-weight: 600"}
+    return frame.style.map(lambda text: colour.get(str(text)[:1], ""), subset=deltas)
+
+
+def pareto_figure(shown: Sequence[Entry], front: Sequence[Entry], best: Entry | None, curve: Sequence[Entry], x: str, y: str) -> go.Figure:
+    """Runs as points, the front as a line, the knee as a star, uniform widths as a reference curve."""
+    chart = charts.figure(HEIGHT, heading(x), heading(y), log_y=False, legend=True)
+    chart.update_layout(hovermode="closest", dragmode=False, clickmode="event+select")
+    on_front = {entry.id for entry in front}
+    if len(curve) > 1:
+        chart.add_scatter(x=[entry.figures[x] for entry in curve], y=[entry.figures[y] for entry in curve], name="uniform widths", mode="lines+markers",
+                          line={"color": DENSE_COLOUR, "dash": "dot"}, marker={"symbol": "diamond-open", "size": 11}, hoverinfo="skip")  # fmt: skip
+    behind = [entry for entry in shown if entry.id not in on_front]
+    _points(chart, behind, x, y, "dominated", {"symbol": "circle-open", "size": 8, "color": DENSE_COLOUR, "line": {"width": 1.5}}, "markers")
+    _points(chart, front, x, y, "front", {"symbol": "circle", "size": 10, "color": ACCENT}, "lines+markers")
+    if best is not None:
+        _points(chart, [best], x, y, "knee", {"symbol": "star", "size": 19, "color": "#e07a1f", "line": {"width": 1, "color": "#11151c"}}, "markers")
+    return chart
+
+
+def _points(chart: go.Figure, entries: Sequence[Entry], x: str, y: str, name: str, marker: dict[str, Any], mode: str) -> None:
+    if entries:
+        texts = [
+            f"{title_of(entry)}<br>" + "<br>".join(f"{heading(key)}: {amount(value)}" for key, value in entry.figures.items() if key in SHORT)
+            for entry in entries
+        ]
+        chart.add_scatter(
+            x=[entry.figures[x] for entry in entries], y=[entry.figures[y] for entry in entries], name=name, mode=mode, marker=marker,
+            line={"color": ACCENT, "width": 2}, customdata=[[entry.id] for entry in entries], text=texts, hovertemplate="%{text}<extra></extra>",
+        )  # fmt: skip
+
+
+def pareto_alt(shown: Sequence[Entry], front: Sequence[Entry], best: Entry | None, x: str, y: str) -> str:
+    """The plot in a sentence."""
+    at = f"; the knee is {title_of(best)} at {amount(best.figures[x])} and {amount(best.figures[y])}" if best else ""
+    return f"{heading(y)} against {heading(x)} of {len(shown)} runs, {len(front)} of them on the Pareto front{at}"
+
+
+def pareto_note(front: Sequence[Entry], best: Entry | None, x: str, y: str) -> str:
+    """What to make of it."""
+    better = [f"{'less' if QUANTITIES[name].less else 'more'} {QUANTITIES[name].title.lower()}" for name in (x, y)]
+    knee = f" Knee (farthest from the line between the ends): **{title_of(best)}**." if best else " Too few points on the front for a knee."
+    return f"{len(front)} runs on the front; better is {' and '.join(better)}.{knee}"
+
+
+def pareto_twin(placed: Sequence[Entry], front: Sequence[Entry], best: Entry | None, x: str, y: str) -> None:
+    """The plot's numbers."""
+    folded = st.expander("As a table", key="pareto-twin", on_change="rerun")
+    if folded.open:
+        on_front = {entry.id for entry in front}
+        place = ["knee" if best and entry.id == best.id else "front" if entry.id in on_front else "dominated" for entry in placed]
+        rows = {"run": [entry.id for entry in placed], "plan": [entry.title for entry in placed], "place": place}
+        with folded:
+            charts.twin({**rows, **{heading(name): [entry.figures[name] for entry in placed] for name in (x, y)}}, "pareto")
+
+
+def parallel(entries: Sequence[Entry]) -> None:
+    """Every quantity that all of these runs have as an axis, a line a run; drag along an axis to pick out lines."""
+    names = [name for name in QUANTITIES if entries and all(entry.get(name) is not None for entry in entries)]
+    if len(names) < 2 or len(entries) < 2:
+        st.caption("Two runs with two figures in common are needed.")
+        return
+    values = ([entry.id for entry in entries], names)
+    chart = charts.kept("parallel", values, lambda: _parallel_figure(entries, names))
+    alt = (
+        f"Parallel coordinates of {len(entries)} runs over {', '.join(QUANTITIES[name].title.lower() for name in names)}; lower lines on every axis are better"
+    )
+    rows = {"run": [entry.id for entry in entries], "plan": [entry.title for entry in entries]}
+    note = "Lower is better on every axis: those where more is better are turned round. Drag along an axis to pick out runs."
+    charts.show(chart, "parallel-chart", alt, {**rows, **{heading(name): [entry.figures[name] for entry in entries] for name in names}}, note=note)
+
+
+def _parallel_figure(entries: Sequence[Entry], names: Sequence[str]) -> go.Figure:
+    axes = []
+    for name in names:
+        values = [entry.figures[name] for entry in entries]
+        ends = [min(values), max(values)] if QUANTITIES[name].less else [max(values), min(values)]
+        axes.append({"label": heading(name), "values": values, "range": ends if ends[0] != ends[1] else [ends[0] - 1, ends[1] + 1]})
+    first = [entry.figures[names[0]] for entry in entries]
+    chart = go.Figure(
+        go.Parcoords(line={"color": first, "colorscale": [[0, "#e0a33e"], [0.5, "#00a5ab"], [1, "#43347a"]], "showscale": False}, dimensions=axes)
+    )
+    chart.update_layout(height=360, margin={"l": 70, "r": 50, "t": 50, "b": 24})
+    return chart
