@@ -21,7 +21,7 @@ def layout_of(scheme: Scheme, itemsize: int = 2) -> Layout:
     sparsity = scheme.sparsity if scheme.sparsity and scheme.sparsity.ratio > 0 else None
     if scheme.rank is not None:
         factor = _factor_layout(scheme.rank.factors or scheme.weights, itemsize)
-        return PairLayout(scheme.rank.keep, factor, factor)
+        return PairLayout(scheme.rank.keep or 0.0, factor, factor, scheme.rank.rank or 0)
     if sparsity and sparsity.pattern == "2:4" and _pairs_up(scheme.weights):
         return TwoFourLayout(_half_groups(scheme.weights, itemsize))
     if scheme.weights is not None:
@@ -29,6 +29,28 @@ def layout_of(scheme: Scheme, itemsize: int = 2) -> Layout:
     if sparsity and sparsity.pattern != "2:4" and 8 * itemsize * sparsity.ratio > 1:
         return BitmapLayout(sparsity.ratio, itemsize)
     return DenseLayout(itemsize)
+
+
+def settled(scheme: Scheme, part: Part, itemsize: int = 2) -> Scheme:
+    """The scheme as it is carried out on one matrix: whole where factors would not be stored smaller, else with `weights` those of the factors."""
+    if scheme.rank is None:
+        return scheme
+    whole = scheme.model_copy(update={"rank": None})
+    if _bytes_of(part, layout_of(scheme, itemsize)) >= _bytes_of(part, layout_of(whole, itemsize)):
+        return whole
+    rank = scheme.rank.model_copy(update={"factors": None})
+    return scheme.model_copy(update={"rank": rank, "weights": scheme.rank.factors or scheme.weights})
+
+
+def break_even(out_features: int, in_features: int) -> int:
+    """The rank at which two factors of the matrix's own width cost what the matrix does, rounded down (METHODS 0.5)."""
+    return PairLayout(1.0, DenseLayout(), DenseLayout()).rank(out_features, in_features)
+
+
+def kept_whole(recipe: Recipe, anatomy: Anatomy) -> list[str]:
+    """The layers whose rank is past break-even, so that they stay whole."""
+    schemes = recipe.resolve(anatomy).items()
+    return [name for name, scheme in schemes if scheme.rank and settled(scheme, anatomy.by_name[name], anatomy.itemsize).rank is None]
 
 
 def coded_layout(weights: WeightScheme) -> UniformLayout | TableLayout | BinaryLayout:
@@ -93,11 +115,15 @@ def _bytes_of(part: Part, layout: Layout) -> int:
     return layout.nbytes(part.out_features, part.in_features)
 
 
+def _stored(part: Part, scheme: Scheme, itemsize: int) -> int:
+    return _bytes_of(part, layout_of(settled(scheme, part, itemsize), itemsize))
+
+
 def size_of(recipe: Recipe, anatomy: Anatomy) -> Size:
     """Stored bytes of the model that this recipe makes, layer by layer."""
     item = anatomy.itemsize
     schemes = recipe.resolve(anatomy)
-    layers = {name: _bytes_of(anatomy.by_name[name], layout_of(scheme, item)) for name, scheme in schemes.items()}
+    layers = {name: _stored(anatomy.by_name[name], scheme, item) for name, scheme in schemes.items()}
     gone = set(recipe.dropped_blocks(anatomy))
     linears = sum(layers.values())
     ends = [(anatomy.embedding, recipe.embedding), *([(anatomy.head, recipe.head)] if anatomy.head else [])]
@@ -118,12 +144,29 @@ def _rest_params(anatomy: Anatomy, gone: set[int]) -> int:
 def flops_per_token(recipe: Recipe | None, anatomy: Anatomy, context: int = 0) -> int:
     """Multiply-adds times two for one token at a given context length, head included, attention scores and mixing included.
 
-    Weight-only formats and zeros without a sparse kernel save none; dropped blocks do.
+    Weight-only formats and zeros without a sparse kernel save none; dropped blocks and low rank do.
     """
     gone = set(recipe.dropped_blocks(anatomy)) if recipe else set()
-    linears = sum(2 * part.numel for part in anatomy.linears if part.block not in gone)
+    linears = 2 * (linear_multiplies(recipe, anatomy) if recipe else anatomy.linear_params)
     scores = 4 * context * anatomy.heads * anatomy.head_dim * (anatomy.blocks - len(gone))
     return linears + 2 * anatomy.vocab * anatomy.hidden + scores
+
+
+def linear_multiplies(recipe: Recipe, anatomy: Anatomy) -> int:
+    """Multiply-adds of all block linears for one token: NK of a whole matrix, r(N + K) of a factored one."""
+    return sum(_multiplies(anatomy.by_name[name], settled(scheme, anatomy.by_name[name], anatomy.itemsize)) for name, scheme in recipe.resolve(anatomy).items())
+
+
+def _multiplies(part: Part, scheme: Scheme) -> int:
+    layout = layout_of(scheme)
+    if isinstance(layout, PairLayout):
+        return layout.rank(part.out_features, part.in_features) * (part.out_features + part.in_features)
+    return part.numel
+
+
+def removed_share(recipe: Recipe, anatomy: Anatomy) -> float:
+    """Share of the block linears' parameters that low rank and dropped blocks take away."""
+    return 1 - linear_multiplies(recipe, anatomy) / anatomy.linear_params
 
 
 def weight_bytes_per_token(recipe: Recipe | None, anatomy: Anatomy) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitpress.engine.accounting import embedding_layout, layout_of
+from bitpress.engine.accounting import embedding_layout, kept_whole, layout_of, settled
 from bitpress.engine.blockwise import Reconstruction
 from bitpress.engine.calibrate import walk
 from bitpress.engine.calibration_set import CalibrationSet, calibration_set
@@ -23,6 +23,7 @@ from bitpress.engine.measure.memory import weights_of
 from bitpress.engine.methods import registry
 from bitpress.engine.methods.base import BlockMethod, BlockOptions, LinearMethod, Method, MethodOptions, Outcome, Statistics, finite
 from bitpress.engine.methods.catalogue import problems
+from bitpress.engine.methods.lowrank.pipeline import act
 from bitpress.engine.methods.stages import plan_stages
 from bitpress.engine.model import surgery
 from bitpress.engine.model.anatomy import Anatomy, Part
@@ -30,8 +31,11 @@ from bitpress.engine.model.load import Loaded
 from bitpress.engine.prepare import needs_text, preparations, prepare, prepare_again
 from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme, WeightScheme
 from bitpress.kernels.formats import PackedTensor, pack
-from bitpress.kernels.layout import BitmapLayout, DenseLayout, Layout, TwoFourLayout, UniformLayout
+from bitpress.kernels.layout import BitmapLayout, DenseLayout, FactorLayout, Layout, PairLayout, TwoFourLayout, UniformLayout
 from bitpress.kernels.packed import PackedEmbedding, PackedLinear
+from bitpress.kernels.pairs import dense as pack_dense
+from bitpress.kernels.pairs import pack_pair
+from bitpress.kernels.reference import dequantize
 from bitpress.kernels.sparse import pack_bitmap, pack_two_four, pack_two_four_codes
 
 __all__ = ["Compressed", "LayerResult", "LayerStore", "compress", "load_compressed"]
@@ -88,7 +92,8 @@ class LayerJob:
     @property
     def needs(self) -> frozenset[str]:
         """Statistics of its inputs that the methods ask for."""
-        return frozenset().union(*(method.needs_for(options) for method, options in self.methods))
+        asked = frozenset[str]().union(*(method.needs_for(options) for method, options in self.methods))
+        return asked | {"gram"} if self.scheme.rank and any(method.needs_for(options) for method, options in self.methods[1:]) else asked
 
     def asked_of(self, method: Method) -> Scheme:
         """The scheme as a method is to see it: without the second part that a later method gives."""
@@ -143,10 +148,18 @@ def compress(
     if any(preparations(recipe)):
         loaded = prepare(loaded, recipe, calibration.ids_SL if calibration else None, made_from, store.folder.parent if store else None, emit, should_stop)
         shaped = shape_twin(loaded, recipe)
+    tell_whole(recipe, loaded.anatomy, emit)
     making = _Making(loaded.model, shaped, jobs, made_from, recipe.seed, emit, store, should_stop)
     making.run(calibration)
     size = weights_of(shaped.model, loaded.anatomy.block_prefix, loaded.anatomy.itemsize).stored_bytes
     return Compressed(shaped.model, making.results, size, time.perf_counter() - started)
+
+
+def tell_whole(recipe: Recipe, anatomy: Anatomy, emit: Emit) -> None:
+    """Say which layers stay whole because their factors would be no smaller."""
+    if layers := kept_whole(recipe, anatomy):
+        others = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+        emit("note", {"level": "info", "text": f"{layers[0]}{others} stay whole: at or past the break-even rank two factors are no smaller than the matrix."})
 
 
 def load_compressed(run_folder: Path, loaded: Loaded) -> nn.Module:
@@ -203,7 +216,7 @@ def plan_jobs(recipe: Recipe, anatomy: Anatomy, places: dict[str, str]) -> list[
     methods = {number: registry.on_weights(stage.method) for number, stage in enumerate(recipe.stages) if number not in preparing}
     staged = {number: (method, method.parse(recipe.stages[number].options)) for number, method in methods.items()}
     plan = plan_stages(recipe, anatomy, {method.name: method.ability for method in methods.values()})
-    schemes = recipe.resolve(anatomy)
+    schemes = {name: settled(scheme, anatomy.by_name[name], anatomy.itemsize) for name, scheme in recipe.resolve(anatomy).items()}
     jobs = []
     for name, numbers in plan.steps.items():
         if numbers:
@@ -240,7 +253,7 @@ def prepared(weight_NK: Tensor, job: LayerJob, stats: Statistics, tell: Tell) ->
     outcome = Outcome(weight_NK)
     for method, options in job.methods:
         if isinstance(method, LinearMethod):
-            outcome = method.apply(outcome.weight_NK, job.asked_of(method), stats, options)
+            outcome = act(method, outcome, job.asked_of(method), stats, options)
             for note in outcome.notes:
                 tell(f"{job.part.name}: {note}.")
     return outcome
@@ -252,6 +265,9 @@ def finished(module: nn.Module, job: LayerJob, dense_NK: Tensor, outcome: Outcom
     content = stored_form(outcome, job.layout, dtype)
     plain = outcome.codes is None and outcome.packed is None
     made_NK = outcome.weight_NK.to(dtype).float() if plain else outcome.weight_NK
+    if outcome.factors:
+        assert isinstance(content, PackedTensor)
+        made_NK = dequantize(content)
     return StoredLayer(job.part.name, content, job.method, relative_error(dense_NK, made_NK))
 
 
@@ -265,6 +281,9 @@ def stored_form(outcome: Outcome, layout: Layout, dtype: torch.dtype) -> PackedT
             if outcome.packed.layout != layout:
                 raise ValueError(f"a matrix of {outcome.packed.layout} was handed over where the scheme asks for {layout}")
             return outcome.packed
+        case PairLayout(), _ if outcome.factors:
+            left, right = (_factor(made, side, dtype) for made, side in zip(outcome.factors, (layout.left, layout.right), strict=True))
+            return pack_pair(left, right, layout)
         case UniformLayout(), codes if codes is not None:
             return pack(*codes, layout)
         case TwoFourLayout(), codes if codes is not None:
@@ -274,6 +293,12 @@ def stored_form(outcome: Outcome, layout: Layout, dtype: torch.dtype) -> PackedT
         case BitmapLayout(itemsize=itemsize), _:
             return pack_bitmap(outcome.weight_NK.to(_sized(dtype, itemsize)), layout)
     return outcome.weight_NK.to(dtype)
+
+
+def _factor(outcome: Outcome, layout: FactorLayout, dtype: torch.dtype) -> PackedTensor:
+    kind = _sized(dtype, layout.itemsize) if isinstance(layout, DenseLayout) else dtype
+    content = stored_form(outcome, layout, kind)
+    return content if isinstance(content, PackedTensor) else pack_dense(content)
 
 
 def _sized(dtype: torch.dtype, itemsize: int) -> torch.dtype:

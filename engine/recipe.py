@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from bitpress.engine.errors import InputError
-from bitpress.engine.model.anatomy import Anatomy
+from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.targets import chosen_blocks, matches, pattern_problem
 
 SCHEMA_VERSION = 1
@@ -56,6 +56,12 @@ def _group(value: Any) -> Any:
     return value
 
 
+def _rank(value: Any) -> Any:
+    if _whole(value) < 1:
+        raise ValueError(f"{value} is no rank: a factored matrix keeps at least 1; to take a block out use `structure`")
+    return value
+
+
 Bits = Annotated[int, BeforeValidator(_width)]
 GroupSize = Annotated[int, BeforeValidator(_group)]
 Whole = Annotated[int, BeforeValidator(_whole)]
@@ -63,6 +69,7 @@ Ratio = Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(_ratio)]
 Format = Literal["uniform", "nf4", "fp4", "bcq"]
 Zero = Literal["integer", "float"]
 FORMAT_BITS: dict[str, tuple[int, ...]] = {"uniform": BITS, "nf4": (4,), "fp4": (4,), "bcq": (2, 3, 4)}
+Rank = Annotated[int, BeforeValidator(_rank)]
 Keep = Annotated[float, Field(gt=0.0, le=1.0), BeforeValidator(_share)]
 
 
@@ -109,10 +116,20 @@ class SparsityScheme(Strict):
 
 
 class RankScheme(Strict):
-    """Keep this share of the break-even rank; the factors may themselves be quantised, else they are as `weights` says."""
+    """A matrix as a product of two of inner size r: a share `keep` of the break-even rank, or the very `rank`.
 
-    keep: Keep
+    factors: their own widths, else they are as `weights` says. Where a product would not be smaller than the matrix, the matrix stays whole.
+    """
+
+    keep: Keep | None = None
+    rank: Rank | None = None
     factors: WeightScheme | None = None
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "RankScheme":
+        if (self.keep is None) == (self.rank is None):
+            raise ValueError("give either keep, a share of the break-even rank, or rank, a whole number")
+        return self
 
 
 class ActivationScheme(Strict):
@@ -345,7 +362,7 @@ class Recipe(Strict):
         if any(problem.field.startswith("schemes") for problem in self._pattern_problems(anatomy)) or self._structure_problems(anatomy):
             return []
         for name, scheme in self.resolve(anatomy).items():
-            for wrong, right in _shape_problems(scheme, anatomy.by_name[name].in_features):
+            for wrong, right in _shape_problems(scheme, anatomy.by_name[name]):
                 found.append(Problem(field=f"schemes ({name})", wrong=wrong, right=right))
         return found[:20]
 
@@ -364,9 +381,10 @@ class Recipe(Strict):
         return []
 
 
-def _shape_problems(scheme: Scheme, width: int) -> list[tuple[str, str]]:
-    """What of a scheme does not fit rows of `width` inputs: (what is wrong, what would be right)."""
-    found = []
+def _shape_problems(scheme: Scheme, part: Part) -> list[tuple[str, str]]:
+    """What of a scheme does not fit a matrix: (what is wrong, what would be right)."""
+    width = part.in_features
+    found = _rank_problems(scheme, min(width, part.out_features))
     if scheme.weights and scheme.weights.group_size > width:
         found.append((f"group_size {scheme.weights.group_size} is larger than the {width} inputs of a row.", f"Use at most {width}, or 'row'."))
     for weights in (scheme.weights, scheme.rank.factors if scheme.rank else None):
@@ -384,6 +402,18 @@ def _shape_problems(scheme: Scheme, width: int) -> list[tuple[str, str]]:
             found.append((f"{pattern} needs rows of a multiple of {of} inputs; this one has {width}.", "Use pattern: unstructured."))
         if scheme.sparsity.ratio not in (0.0, 1 - stay / of):
             found.append((f"{pattern} is a ratio of {1 - stay / of:g}; the recipe says {scheme.sparsity.ratio}.", f"Set ratio: {1 - stay / of:g}."))
+    return found
+
+
+def _rank_problems(scheme: Scheme, most: int) -> list[tuple[str, str]]:
+    """What of a scheme's rank does not fit a matrix that has rank `most` at best."""
+    if scheme.rank is None:
+        return []
+    found = []
+    if scheme.rank.rank and scheme.rank.rank > most:
+        found.append((f"Rank {scheme.rank.rank} is past the {most} that this matrix can have.", f"Use at most {most}, or leave the rank away."))
+    if scheme.sparsity and scheme.sparsity.ratio:
+        found.append(("Asks for zeros and for low rank in one matrix: a product of factors has no zeros to leave out.", "Set one of `sparsity` and `rank`."))
     return found
 
 
@@ -436,5 +466,5 @@ def _explain(error: ValidationError) -> str:
 
 def _place(loc: tuple[int | str, ...]) -> str:
     """`schemes[0].weights.bits`; the names of union branches are Python classes that say nothing to a person."""
-    named = [step for step in loc if isinstance(step, int) or not (step[:1].isupper() or step.startswith("literal"))]
+    named = [step for step in loc if isinstance(step, int) or not (step[:1].isupper() or step.startswith(("literal", "function-")))]
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in named).lstrip(".")

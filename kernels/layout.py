@@ -138,15 +138,21 @@ FactorLayout = UniformLayout | DenseLayout | TableLayout | BinaryLayout
 
 @dataclass(frozen=True)
 class PairLayout:
-    """A matrix as a product of two: left (N, r) times right (r, K), each in a layout of its own. keep: share of the break-even rank."""
+    """A matrix as a product of two: left (N, r) times right (r, K), each in a layout of its own.
+
+    keep: share of the break-even rank. exact: the rank itself where it is not 0, and keep says nothing.
+    """
 
     keep: float
     left: FactorLayout
     right: FactorLayout
+    exact: int = 0
     name: str = "pair"
 
     def rank(self, out_features: int, in_features: int) -> int:
         """r for an (out_features, in_features) matrix: the share of NK / (N + K), rounded down, at least 1 (METHODS 17.1)."""
+        if self.exact:
+            return self.exact
         return max(1, floor(self.keep * out_features * in_features / (out_features + in_features) + NEAR))
 
     def nbytes(self, out_features: int, in_features: int) -> int:
@@ -180,7 +186,8 @@ def words_of(layout: Layout) -> str:
         case TwoFourLayout():
             return f"2:4, {words_of(layout.values)}"
         case PairLayout():
-            return f"low rank {layout.keep:g}, factors {words_of(layout.left)}"
+            size = f"rank {layout.exact}" if layout.exact else f"low rank {layout.keep:g}"
+            return f"{size}, factors {words_of(layout.left)}"
     return f"dense, {8 * layout.itemsize} bits"
 
 

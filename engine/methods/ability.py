@@ -17,6 +17,7 @@ class Ability(BaseModel):
     formats: tuple[str, ...] = ("uniform",)  # of codes, for weights
     zeros: tuple[str, ...] = ("integer",)  # of asymmetric uniform codes, for weights
     patterns: tuple[str, ...] = ()  # patterns of zeros, for sparsity
+    factors: bool = True  # whether it can be given each factor of a low-rank matrix, where it gives weights
     also: Literal["weights"] | None = None  # a second part, given in the same pass unless a later stage gives it
 
     def satisfies(self, scheme: Scheme) -> bool:
@@ -25,7 +26,7 @@ class Ability(BaseModel):
         if self.part not in asked:
             return False
         if self.part == "weights":
-            return scheme.weights is not None and self._makes(scheme.weights)
+            return scheme.weights is not None and self._makes(scheme.weights) and (self.factors or scheme.rank is None)
         if self.part == "sparsity":
             return scheme.sparsity is not None and scheme.sparsity.pattern in self.patterns
         return True

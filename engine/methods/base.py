@@ -33,15 +33,16 @@ class Outcome(NamedTuple):
 
     codes: uniform codes, packed by `engine.compress` in whatever layout the scheme has for them (2:4 too). packed: a matrix of any other
     format, ready to be stored; its layout must be `accounting.layout_of(scheme)`. NF4 and FP4 come from `kernels.tables.pack_table`,
-    binary codes from `kernels.binary.pack_binary`, low-rank pairs from `kernels.pairs.pack_pair`. Pruned weights need neither: their
-    zeros are found.
+    binary codes from `kernels.binary.pack_binary`. Pruned weights need neither: their zeros are found.
     notes: what a person should know of how it went, such as a remedy that was needed; told in the run's events.
+    factors: the left [N, r] and right [r, K] factor, each what a method made of it, where the matrix is their product.
     """
 
     weight_NK: Tensor  # float32
     codes: Codes | None = None
     packed: PackedTensor | None = None
     notes: tuple[str, ...] = ()
+    factors: tuple["Outcome", "Outcome"] | None = None
 
 
 class Method(ABC):

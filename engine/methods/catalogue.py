@@ -139,4 +139,4 @@ def _order_problems(plan: Plan) -> list[Problem]:
     if not plan.late:
         return misplaced
     wrong = f"Would change {plan.late[0]} after its weights were rounded to codes."
-    return [*misplaced, Problem(field="stages", wrong=wrong, right="Put stages that prune before stages that quantise.")]
+    return [*misplaced, Problem(field="stages", wrong=wrong, right="Put stages that prune or factor before stages that quantise.")]

@@ -5,6 +5,7 @@ Each part of a layer's scheme is done once, by the first stage that is pointed a
 
 from dataclasses import dataclass, field
 
+from bitpress.engine.accounting import settled
 from bitpress.engine.methods.ability import Ability, wanted_parts
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import Recipe, Scheme
@@ -26,7 +27,8 @@ class Plan:
 def plan_stages(recipe: Recipe, anatomy: Anatomy, known: dict[str, Ability]) -> Plan:
     """Match stages to layers. The recipe's patterns must fit the model; a stage of an unknown method does nothing."""
     plan = Plan()
-    for name, scheme in recipe.resolve(anatomy).items():
+    for name, asked in recipe.resolve(anatomy).items():
+        scheme = settled(asked, anatomy.by_name[name], anatomy.itemsize)
         done: list[str] = []
         steps = plan.steps.setdefault(name, [])
         for number, stage in enumerate(recipe.stages):

@@ -26,7 +26,11 @@ def optional(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, An
 WEIGHTS = st.one_of(st.just("dense"), optional(bits=WIDTHS, group_size=GROUPS, symmetric=st.booleans()))
 FULL_WEIGHTS = st.fixed_dictionaries({"bits": WIDTHS}, optional={"group_size": GROUPS, "symmetric": st.booleans()})
 SPARSITY = st.one_of(st.just("dense"), st.fixed_dictionaries({"ratio": RATIO}, optional={"pattern": st.sampled_from(("unstructured", "2:4", "4:8"))}))
-RANK = st.one_of(st.just("dense"), st.fixed_dictionaries({"keep": KEEP}, optional={"factors": FULL_WEIGHTS}))
+RANK = st.one_of(
+    st.just("dense"),
+    st.fixed_dictionaries({"keep": KEEP}, optional={"factors": FULL_WEIGHTS}),
+    st.fixed_dictionaries({"rank": st.integers(1, 4096)}, optional={"factors": FULL_WEIGHTS}),
+)
 LINES = st.fixed_dictionaries({"match": PATTERNS}, optional={"weights": WEIGHTS, "sparsity": SPARSITY, "rank": RANK})
 SIDE = st.fixed_dictionaries({"bits": WIDTHS, "axis": st.sampled_from(("channel", "token"))}, optional={"group_size": GROUPS})
 CACHE = optional(keys=SIDE, values=SIDE, residual_window=st.integers(0, 512), rank=st.fixed_dictionaries({"keep": KEEP}))

@@ -29,7 +29,7 @@ class FlexRound(BlockMethod):
     citation = "Lee et al. 2023, FlexRound: Learnable Rounding based on Element-wise Division, arXiv 2306.00317."
     cost = "Steps times blocks: about half a minute a block for 200 steps at 135M parameters on two quiet cores."
     use_when = "Even levels must be kept, for the fastest kernels, and a few minutes of training at 2 or 3 bits can be spared."
-    ability = Ability(part="weights", bits=BITS)
+    ability = Ability(part="weights", factors=False, bits=BITS)
     Options = FlexRoundOptions
 
     def start(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: FlexRoundOptions) -> LearnedWeight:

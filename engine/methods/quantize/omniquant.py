@@ -30,7 +30,7 @@ class OmniQuant(BlockMethod):
     citation = "Shao et al. 2024, OmniQuant, arXiv 2308.13137 (learnable weight clipping)."
     cost = "Steps times blocks: about half a minute a block for 200 steps at 135M parameters on two quiet cores."
     use_when = "Only ranges should be trained, two numbers a group: little can be overfitted on little text."
-    ability = Ability(part="weights", bits=BITS)
+    ability = Ability(part="weights", factors=False, bits=BITS)
     Options = OmniQuantOptions
 
     def start(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: OmniQuantOptions) -> LearnedWeight:

@@ -60,7 +60,7 @@ class UniQuanF(BlockMethod):
     citation = "Park et al. 2025, Unifying Uniform and Binary-coding Quantization for Accurate Compression of Large Language Models, arXiv 2506.03781."
     cost = "Steps times blocks: about half a minute a block for 200 steps at 135M parameters on two quiet cores, the start included."
     use_when = "The format is bcq and minutes of training can be spared; at 2 and 3 bits, where binary coding alone or rounding loses most."
-    ability = Ability(part="weights", bits=FORMAT_BITS["bcq"], formats=("bcq",))
+    ability = Ability(part="weights", factors=False, bits=FORMAT_BITS["bcq"], formats=("bcq",))
     Options = UniQuanFOptions
 
     def start(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: UniQuanFOptions) -> LearnedWeight:

@@ -1,0 +1,1 @@
+"""Methods that store a matrix as a product of two thin ones."""
