@@ -7,6 +7,7 @@ taken out, and an edit goes into the line that already has its pattern wherever 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from bitpress.engine.accounting import settled
 from bitpress.engine.errors import InputError
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme, SchemeLine, Stage, Structure
@@ -14,7 +15,7 @@ from bitpress.engine.targets import covered, pattern_of, pattern_problem
 
 DENSE_BITS = 16
 PROTECTED_BITS = 8
-DEFAULT_METHODS = {"prune": "magnitude", "quantize": "rtn"}  # in the order in which they run
+DEFAULT_METHODS = {"prune": "magnitude", "lowrank": "svd-llm", "quantize": "rtn"}  # in the order in which they run
 PARTS = ("weights", "sparsity", "rank")
 
 
@@ -30,6 +31,13 @@ def set_sparsity(recipe: Recipe, pattern: str, anatomy: Anatomy, ratio: float, k
     if ratio == 0:
         return _with_line(recipe, {"match": pattern, "sparsity": "dense"}, anatomy)
     return _with_line(recipe, {"match": pattern, "sparsity": {"ratio": ratio if kind == "unstructured" else 0.5, "pattern": kind}}, anatomy)
+
+
+def set_rank(recipe: Recipe, pattern: str, anatomy: Anatomy, keep: float) -> Recipe:
+    """Keep this share of the break-even rank of the linears that the pattern points at; 1 leaves them whole."""
+    if keep >= 1:
+        return _with_line(recipe, {"match": pattern, "rank": "dense"}, anatomy)
+    return _with_line(recipe, {"match": pattern, "rank": {"keep": keep}}, anatomy)
 
 
 def protect(recipe: Recipe, anatomy: Anatomy, end: str, count: int) -> Recipe:
@@ -160,16 +168,25 @@ def _merged(old: SchemeLine, new: SchemeLine) -> SchemeLine:
 
 
 def fit_stages(recipe: Recipe, anatomy: Anatomy, family_of: Mapping[str, str] | None = None) -> Recipe:
-    """A stage for every family that the schemes ask for, pruning before quantising, and none that has nothing to do."""
+    """A stage for every family that the schemes ask for, pruning and factoring before quantising, and none that has nothing to do."""
     families = {name: family for family, name in DEFAULT_METHODS.items()} | dict(family_of or {})
-    schemes = recipe.resolve(anatomy).values()
-    asked = {"quantize": any(scheme.weights for scheme in schemes), "prune": any(scheme.sparsity and scheme.sparsity.ratio for scheme in schemes)}
+    schemes = [settled(scheme, anatomy.by_name[name], anatomy.itemsize) for name, scheme in recipe.resolve(anatomy).items()]
+    asked = {
+        "quantize": any(scheme.weights for scheme in schemes),
+        "lowrank": any(scheme.rank for scheme in schemes),
+        "prune": any(scheme.sparsity and scheme.sparsity.ratio for scheme in schemes),
+    }
     stages = [stage for stage in recipe.stages if asked.get(families.get(stage.method, ""), True)]
     for family, method in DEFAULT_METHODS.items():
         if asked[family] and not any(families.get(stage.method) == family for stage in stages):
             stage = Stage(method=method)
-            stages = [stage, *stages] if family == "prune" else [*stages, stage]
+            at = {"prune": 0, "quantize": len(stages)}.get(family, _first_of("quantize", stages, families))
+            stages = [*stages[:at], stage, *stages[at:]]
     return recipe.model_copy(update={"stages": stages})
+
+
+def _first_of(family: str, stages: Sequence[Stage], families: Mapping[str, str]) -> int:
+    return next((number for number, stage in enumerate(stages) if families.get(stage.method) == family), len(stages))
 
 
 def difference(base: Recipe, now: Recipe, anatomy: Anatomy) -> list[tuple[str, str, str]]:
@@ -197,6 +214,8 @@ def describe(scheme: Scheme | None) -> str:
         words.append(f"{scheme.weights.bits} bit, {group}, {'symmetric' if scheme.weights.symmetric else 'asymmetric'}")
     if scheme.sparsity and scheme.sparsity.ratio:
         words.append(f"{scheme.sparsity.ratio:.0%} zeros, {scheme.sparsity.pattern}")
+    if scheme.rank:
+        words.append(f"rank {scheme.rank.rank}" if scheme.rank.rank else f"rank {scheme.rank.keep:.0%} of break-even")
     return "; ".join(words) or "dense"
 
 

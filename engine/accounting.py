@@ -47,6 +47,12 @@ def break_even(out_features: int, in_features: int) -> int:
     return PairLayout(1.0, DenseLayout(), DenseLayout()).rank(out_features, in_features)
 
 
+def part_rank(part: Part, scheme: Scheme | None, itemsize: int = 2) -> int:
+    """The rank at which a matrix is factored under a scheme; 0 where it stays whole."""
+    layout = layout_of(settled(scheme, part, itemsize), itemsize) if scheme else None
+    return layout.rank(part.out_features, part.in_features) if isinstance(layout, PairLayout) else 0
+
+
 def kept_whole(recipe: Recipe, anatomy: Anatomy) -> list[str]:
     """The layers whose rank is past break-even, so that they stay whole."""
     schemes = recipe.resolve(anatomy).items()

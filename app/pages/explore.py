@@ -209,6 +209,7 @@ def settings(anatomy: Anatomy) -> None:
         with left:
             controls.weight_controls(anatomy, schemes)
             controls.sparsity_controls(anatomy, schemes)
+            controls.rank_controls(anatomy, schemes)
         with right:
             controls.end_controls(anatomy)
             controls.protect_controls(anatomy)

@@ -1,4 +1,4 @@
-"""The settings of what is selected on the map: bits, group, zeros, protection, ends, removal. Knows edits and widgets; no run.
+"""The settings of what is selected on the map: bits, group, zeros, rank, protection, ends, removal. Knows edits and widgets; no run.
 
 Each widget is drawn from the recipe and its callback writes back to the recipe, so undo and presets move the widgets too.
 """
@@ -12,6 +12,7 @@ import streamlit as st
 from bitpress.app import edits, state
 from bitpress.app.ui.layer_map import select, selected
 from bitpress.app.ui.overlays import bits_of, selection_parts
+from bitpress.engine.accounting import break_even, part_rank
 from bitpress.engine.errors import BitpressError
 from bitpress.engine.model.anatomy import ATTENTION_ROLES, MLP_ROLES, Anatomy
 from bitpress.engine.recipe import BITS, PATTERNS, Recipe, Scheme
@@ -20,6 +21,7 @@ WIDTHS = (*BITS, edits.DENSE_BITS)
 GROUPS = (32, 64, 128, 256, 0)
 ALL = "All layers"
 GRID = 0.05
+RANK_STEP = 5
 
 
 def scopes(anatomy: Anatomy) -> dict[str, str]:
@@ -155,6 +157,27 @@ def sparsity_controls(anatomy: Anatomy, schemes: Mapping[str, Scheme]) -> None:
     with right:
         help_text = "2:4 zeroes two of every four neighbours, 4:8 four of every eight."
         st.segmented_control("Pattern", PATTERNS, key="zeros-pattern", on_change=_on("zeros-pattern", change), help=help_text)
+
+
+def rank_controls(anatomy: Anatomy, schemes: Mapping[str, Scheme]) -> None:
+    """Share of the break-even rank that the factors of the selection keep."""
+    pattern, words = target(anatomy)
+    shares = {rank_share(scheme) for scheme in chosen_schemes(pattern, anatomy, schemes)}
+    st.session_state["rank"] = max(RANK_STEP, round(100 * (common(list(shares)) or 1.0) / RANK_STEP) * RANK_STEP)
+    st.slider(
+        f"Rank of {words}, % of break-even{' · now mixed' if len(shares) > 1 else ''}", RANK_STEP, 100, step=RANK_STEP, key="rank",
+        on_change=_on("rank", lambda recipe, percent: edits.set_rank(recipe, pattern, anatomy, percent / 100)),
+        help="Below 100 a layer becomes two thin factors with that share of its parameters. At 100, break-even, it stays whole: factors are no smaller.",
+    )  # fmt: skip
+    names = edits.covered(pattern, anatomy)
+    if len(names) == 1 and (part := anatomy.by_name[next(iter(names))]):
+        now, limit = part_rank(part, schemes.get(part.name)), break_even(part.out_features, part.in_features)
+        st.caption(f"{f'Rank {now}' if now else 'Whole'}; break-even at rank {limit}, of {min(part.out_features, part.in_features)} singular values.")
+
+
+def rank_share(scheme: Scheme) -> float:
+    """Share of the break-even rank under a scheme; 1 for a whole matrix, and nearly 0 where the recipe names the rank itself."""
+    return 1.0 if scheme.rank is None else scheme.rank.keep or 0.01
 
 
 def protect_controls(anatomy: Anatomy) -> None:

@@ -14,7 +14,7 @@ from bitpress.app.ui.controls import WIDTHS, try_edit
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import PATTERNS, SchemeLine
 
-COLUMNS = {"match": "object", "bits": "Int64", "group": "Int64", "symmetric": "boolean", "zeros": "Int64", "pattern": "object"}
+COLUMNS = {"match": "object", "bits": "Int64", "group": "Int64", "symmetric": "boolean", "zeros": "Int64", "pattern": "object", "rank": "Int64"}
 PATTERN_HELP = "Names, globs, role:v, role:mlp, blocks:first2, blocks:3-5; & for and, comma for or."
 Row = dict[str, Any]
 
@@ -31,6 +31,10 @@ def row_of(line: SchemeLine) -> Row:
         row["zeros"] = 0
     elif line.sparsity:
         row |= {"zeros": round(100 * line.sparsity.ratio), "pattern": line.sparsity.pattern}
+    if line.rank == "dense":
+        row["rank"] = 100
+    elif line.rank and line.rank.keep:
+        row["rank"] = round(100 * line.rank.keep)
     return row
 
 
@@ -46,6 +50,8 @@ def line_of(row: Mapping[str, Any]) -> dict[str, Any]:
     if row.get("zeros") is not None:
         pattern = row.get("pattern") or PATTERNS[0]
         line["sparsity"] = {"ratio": int(row["zeros"]) / 100 if pattern == PATTERNS[0] else 0.5, "pattern": pattern} if row["zeros"] else "dense"
+    if row.get("rank") is not None:
+        line["rank"] = {"keep": int(row["rank"]) / 100} if row["rank"] < 100 else "dense"
     return line
 
 
@@ -83,5 +89,6 @@ def exceptions_table(anatomy: Anatomy) -> None:
             "symmetric": st.column_config.CheckboxColumn("symmetric"),
             "zeros": st.column_config.NumberColumn("zeros, %", min_value=0, max_value=95, step=1),
             "pattern": st.column_config.SelectboxColumn("pattern", options=list(PATTERNS)),
+            "rank": st.column_config.NumberColumn("rank, %", min_value=1, max_value=100, step=1, help="Share of break-even; 100 leaves the layers whole."),
         },
     )  # fmt: skip

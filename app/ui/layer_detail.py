@@ -17,6 +17,7 @@ from bitpress.app.ui import charts
 from bitpress.app.ui.notices import empty, plain
 from bitpress.app.ui.numbers import amount, whole
 from bitpress.app.ui.theme import ACCENT, DENSE_COLOUR
+from bitpress.engine.accounting import break_even, part_rank
 from bitpress.engine.model import library
 from bitpress.engine.model.anatomy import Part
 from bitpress.engine.recipe import Scheme, WeightScheme
@@ -49,9 +50,11 @@ def layer_detail(model: str, part: Part, scheme: Scheme | None, key: str = "laye
         return
     weights = scheme.weights if scheme else None
     with st.container(horizontal=True, gap="medium"):
-        for draw in (_weights, _error, _spectrum):
+        for draw in (_weights, _error):
             with st.container(width="stretch"):
                 draw(stats, weights, key)
+        with st.container(width="stretch"):
+            _spectrum(stats, break_even(part.out_features, part.in_features), part_rank(part, scheme), key)
     with st.expander("As tables", key=f"{key}-twins"):
         for heading, table in tables(stats).items():
             st.caption(heading)
@@ -158,19 +161,23 @@ def _error(stats: Mapping[str, Any], weights: WeightScheme | None, key: str) -> 
     st.caption(f"{marked}Round to nearest, groups of 64.")
 
 
-def _spectrum(stats: Mapping[str, Any], weights: WeightScheme | None, key: str) -> None:
+def _spectrum(stats: Mapping[str, Any], limit: int, rank: int, key: str) -> None:
     spectrum = stats["spectrum"]
     chart = charts.figure(HEIGHT, x="singular value, by number", y="relative to the largest")
     charts.line(chart, spectrum["index"], spectrum["value"], "singular value", ACCENT)
     charts.line(chart, spectrum["index"], spectrum["energy"], "share of energy", DENSE_COLOUR, dash="dash")
     chart.update_yaxes(range=[0, 1.02])
+    chart.add_vline(x=limit, line={"color": DENSE_COLOUR, "width": 1.5, "dash": "dot"}, annotation_text="break-even")
+    if rank:
+        chart.add_vline(x=rank, line={"color": LEVEL_COLOUR, "width": 2}, annotation_text=f"rank {rank}")
     half = next((index for index, energy in zip(spectrum["index"], spectrum["energy"], strict=True) if energy >= 0.9), spectrum["index"][-1])
     st.caption("Spectrum")
     charts.show(
         chart,
         f"{key}-spectrum",
-        f"Singular values, falling to {amount(spectrum['value'][-1])} of the largest; nine tenths of the energy by number {half}",
+        f"Singular values, falling to {amount(spectrum['value'][-1])} of the largest; nine tenths of the energy by number {half}; "
+        f"break-even at {limit}{f', the recipe keeps {rank}' if rank else ''}",
         {},
         fold=False,
     )
-    st.caption(f"Dashed: share of energy. Nine tenths by number {half} of {spectrum['index'][-1]}.")
+    st.caption(f"Dashed: share of energy. Nine tenths by number {half} of {spectrum['index'][-1]}. Dotted: the break-even rank, {limit}.")

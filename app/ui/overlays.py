@@ -9,11 +9,11 @@ from bitpress.app.edits import DENSE_BITS, describe
 from bitpress.app.ui.layer_map import Cell, Legend
 from bitpress.app.ui.numbers import TIMES, amount, file_size, whole
 from bitpress.app.ui.theme import AMOUNT, HARM
-from bitpress.engine.accounting import Size
+from bitpress.engine.accounting import Size, break_even, part_rank
 from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.recipe import Recipe, Scheme
 
-OVERLAYS = ("bits", "sparsity", "sensitivity", "error", "bytes")
+OVERLAYS = ("bits", "sparsity", "rank", "sensitivity", "error", "bytes")
 BIT_STEPS = (2, 3, 4, 5, 6, 8)
 SMALLEST_SQUARE = 0.45
 HEAD, CACHE = "head", "kv-cache"
@@ -95,6 +95,8 @@ def _painter(picture: Picture, overlay: str, schemes: Mapping[str, Scheme]) -> C
         return lambda part: bits_paint(bits_of(schemes.get(part.name)))
     if overlay == "sparsity":
         return lambda part: _share_paint(schemes.get(part.name))
+    if overlay == "rank":
+        return lambda part: _rank_paint(part, schemes.get(part.name))
     if overlay == "bytes":
         largest = _largest(picture)
         return lambda part: _bytes_paint(picture.size.layer_bytes.get(part.name), largest)
@@ -116,6 +118,13 @@ def bits_paint(bits: int) -> Painted:
 def _share_paint(scheme: Scheme | None) -> Painted:
     zeros = scheme.sparsity.ratio if scheme and scheme.sparsity else 0.0
     return (zeros, f"{round(zeros * 100)}", zeros) if zeros else (None, "0", None)
+
+
+def _rank_paint(part: Part, scheme: Scheme | None) -> Painted:
+    """Share of the break-even rank as colour, the rank as number; a whole matrix is the neutral grey."""
+    rank = part_rank(part, scheme)
+    share = min(1.0, rank / break_even(part.out_features, part.in_features))
+    return (share, str(rank), share) if rank else (None, "", None)
 
 
 def _bytes_paint(size: int | None, largest: int) -> Painted:
@@ -171,7 +180,7 @@ def legend_title(picture: Picture, overlay: str) -> str:
         return f"Sensitivity ({picture.score_name})" if picture.score_name else "Sensitivity"
     if overlay == "bytes":
         return "Stored MB" if _largest(picture) >= 1e6 else "Stored kB"
-    return {"bits": "Bits a weight", "sparsity": "Share of zeros, %", "error": "Relative error of the layer"}[overlay]
+    return {"bits": "Bits a weight", "sparsity": "Share of zeros, %", "rank": "Rank, of break-even", "error": "Relative error of the layer"}[overlay]
 
 
 def _largest(picture: Picture) -> int:
@@ -185,6 +194,8 @@ def _steps(picture: Picture, overlay: str) -> tuple[tuple[str, float | None], ..
         return (*((str(bits), bits_paint(bits)[0]) for bits in BIT_STEPS), ("16 dense", None))
     if overlay == "sparsity":
         return (("0", None), ("25", 0.25), ("50", 0.5), ("75", 0.75))
+    if overlay == "rank":
+        return (("whole", None), ("25 %", 0.25), ("50 %", 0.5), ("100 %", 1.0))
     if overlay == "bytes":
         largest = _largest(picture)
         return tuple((file_size(largest * share), share) for share in (0.1, 0.5, 1.0))

@@ -66,6 +66,17 @@ def test_stages_follow_the_schemes(recipe: Recipe, anatomy: Anatomy) -> None:
     assert edits.set_sparsity(only_zeros, "*", anatomy, 0, "2:4").stages == []
 
 
+def test_a_rank_brings_its_stage_before_the_rounding_and_takes_it_away(recipe: Recipe, anatomy: Anatomy) -> None:
+    thin = edits.set_rank(recipe, "role:mlp", anatomy, 0.5)
+    assert [stage.method for stage in thin.stages] == ["svd-llm", "rtn"]
+    assert thin.resolve(anatomy)[UP3].rank.keep == 0.5
+    assert "rank 50% of break-even" in edits.describe(thin.resolve(anatomy)[UP3])
+    both = edits.set_sparsity(thin, "role:q", anatomy, 0.5, "2:4")
+    assert [stage.method for stage in both.stages] == ["magnitude", "svd-llm", "rtn"]
+    whole = edits.set_rank(thin, "*", anatomy, 1.0)
+    assert [stage.method for stage in whole.stages] == ["rtn"] and whole.resolve(anatomy)[UP3].rank is None
+
+
 def test_two_of_four_is_always_a_half(recipe: Recipe, anatomy: Anatomy) -> None:
     assert edits.set_sparsity(recipe, "*", anatomy, 0.3, "2:4").resolve(anatomy)[Q0].sparsity.ratio == 0.5
 

@@ -113,6 +113,17 @@ def test_ends_embedding_and_blocks(open_page: Callable[..., AppTest], anatomy: A
     assert recipe_of(app).dropped_blocks(anatomy) == []
 
 
+def test_the_rank_of_a_selection(open_page: Callable[..., AppTest], anatomy: Anatomy) -> None:
+    app = select(open_page(), TINY)
+    app.slider(key="rank").set_value(40).run()
+    assert recipe_of(app).resolve(anatomy)[TINY].rank.keep == 0.4
+    assert [stage.method for stage in recipe_of(app).stages] == ["svd-llm", "rtn"]
+    assert "break-even at rank" in words(app)
+    app.slider(key="rank").set_value(100).run()
+    assert recipe_of(app).resolve(anatomy)[TINY].rank is None
+    assert not app.exception
+
+
 def test_presets_can_be_chosen_and_taken_back(open_page: Callable[..., AppTest], preset_recipe: Callable[[str], Recipe]) -> None:
     app = open_page()
     app.selectbox(key="preset").set_value("half-the-layers").run()
@@ -225,7 +236,7 @@ def test_the_layer_that_is_selected_is_shown_from_near(open_page: Callable[..., 
     assert TINY in words(app)
 
 
-@pytest.mark.parametrize("overlay", ["sparsity", "sensitivity", "error", "bytes"])
+@pytest.mark.parametrize("overlay", ["sparsity", "rank", "sensitivity", "error", "bytes"])
 def test_the_selection_survives_recolouring(open_page: Callable[..., AppTest], overlay: str) -> None:
     app = select(open_page(), TINY)
     app.button_group(key="overlay").set_value(overlay).run()
