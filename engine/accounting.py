@@ -5,9 +5,10 @@ Rules: METHODS 0.5. `linear` figures are of the block linears; `model` figures a
 """
 
 from dataclasses import dataclass
+from math import ceil
 
 from bitpress.engine.model.anatomy import Anatomy, Part
-from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme, WeightScheme
+from bitpress.engine.recipe import CacheRank, CacheSide, EmbeddingScheme, KVCache, Recipe, Scheme, WeightScheme, latent_width
 from bitpress.kernels.layout import BinaryLayout, BitmapLayout, DenseLayout, FactorLayout, Layout, PairLayout, TableLayout, TwoFourLayout, UniformLayout
 
 
@@ -35,11 +36,11 @@ def settled(scheme: Scheme, part: Part, itemsize: int = 2) -> Scheme:
     """The scheme as it is carried out on one matrix: whole where factors would not be stored smaller, else with `weights` those of the factors."""
     if scheme.rank is None:
         return scheme
-    whole = scheme.model_copy(update={"rank": None})
-    if _bytes_of(part, layout_of(scheme, itemsize)) >= _bytes_of(part, layout_of(whole, itemsize)):
-        return whole
     rank = scheme.rank.model_copy(update={"factors": None})
-    return scheme.model_copy(update={"rank": rank, "weights": scheme.rank.factors or scheme.weights})
+    factored = scheme.model_copy(update={"rank": rank, "weights": scheme.rank.factors or scheme.weights})
+    whole = scheme.model_copy(update={"rank": None})
+    smaller = _bytes_of(part, layout_of(scheme, itemsize)) < _bytes_of(part, layout_of(whole, itemsize))
+    return factored if smaller or rank.latent else whole
 
 
 def break_even(out_features: int, in_features: int) -> int:
@@ -173,6 +174,39 @@ def _multiplies(part: Part, scheme: Scheme) -> int:
 def removed_share(recipe: Recipe, anatomy: Anatomy) -> float:
     """Share of the block linears' parameters that low rank and dropped blocks take away."""
     return 1 - linear_multiplies(recipe, anatomy) / anatomy.linear_params
+
+
+def cache_bytes(recipe: Recipe | None, anatomy: Anatomy, tokens: int) -> int:
+    """Bytes that the KV cache of one sequence of so many tokens holds, over all blocks that stay."""
+    cache = (recipe.kv_cache if recipe else None) or KVCache()
+    gone = set(recipe.dropped_blocks(anatomy)) if recipe else set()
+    total = 0
+    for block in range(anatomy.blocks):
+        if block not in gone:
+            for role, side in (("k", cache.keys), ("v", cache.values)):
+                total += side_bytes(side, cache, _cached_width(cache.rank, anatomy, block, role), tokens)
+    return total
+
+
+def _cached_width(latent: CacheRank | None, anatomy: Anatomy, block: int, role: str) -> int:
+    part = next((part for part in anatomy.of_block(block) if part.role == role), None)
+    if latent is None or part is None or role not in latent.roles:
+        return anatomy.kv_heads * anatomy.head_dim
+    return latent_width(latent, part, anatomy)
+
+
+def side_bytes(side: CacheSide | None, cache: KVCache, width: int, tokens: int) -> int:
+    """Bytes of `tokens` rows of `width` numbers: codes with a scale and a least value a group, 16-bit numbers in the residual window."""
+    if cache.window:
+        tokens = min(tokens, cache.window.sinks + cache.window.recent)
+    if side is None:
+        return 2 * width * tokens
+    old = max(0, tokens - cache.residual_window)
+    if side.axis == "channel":
+        old -= old % side.group_size
+        return old // side.group_size * width * (ceil(side.group_size * side.bits / 8) + 4) + 2 * width * (tokens - old)
+    size = side.group_size or width
+    return old * ceil(width / size) * (ceil(size * side.bits / 8) + 4) + 2 * width * (tokens - old)
 
 
 def weight_bytes_per_token(recipe: Recipe | None, anatomy: Anatomy) -> int:

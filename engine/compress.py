@@ -198,6 +198,8 @@ class Shaped:
 def shape_twin(loaded: Loaded, recipe: Recipe) -> Shaped:
     """The twin that a recipe's structure asks for; its matrices are still those of the dense model."""
     model, anatomy = surgery.twin(loaded.model), loaded.anatomy
+    if recipe.kv_cache:
+        model.kv_scheme = recipe.kv_cache  # type: ignore[assignment]  # read by whatever decodes or scores the model
     gone = recipe.dropped_blocks(anatomy)
     moved = surgery.drop_blocks(model, anatomy, gone) if gone else {block: block for block in range(anatomy.blocks)}
     parts = {part.name: _moved(part, moved, anatomy.block_prefix) for part in anatomy.linears if part.block in moved}

@@ -48,12 +48,24 @@ class Decoder:
         self.step_dtype, self.piece_dtype = _dtypes(model, self.device, dtype)
         self.reason = _why_not_own(model, self.max_length)
         with torch.inference_mode(False), torch.no_grad():
-            self._loop: _OwnLoop | _TransformersLoop = _OwnLoop(self) if self.reason is None else _TransformersLoop(self)
+            self._loop: _OwnLoop | _TransformersLoop = self._own_loop() if self.reason is None else _TransformersLoop(self)
+
+    def _own_loop(self) -> "_OwnLoop":
+        if getattr(self.model, "kv_scheme", None) is None:
+            return _OwnLoop(self)
+        from bitpress.engine.kv_loop import CacheLoop  # built on this module
+
+        return CacheLoop(self)
 
     @property
     def position(self) -> int:
         """Tokens in the cache."""
         return self._loop.position
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache's tensors that hold the tokens so far; 0 where the cache is not our own."""
+        return self._loop.cache_bytes
 
     @property
     def conditions(self) -> dict[str, str]:
@@ -86,6 +98,11 @@ class Decoder:
         if self.position + len(ids_T) > self.max_length:
             raise context_overflow(self.position, len(ids_T), self.max_length)
         return self._loop.extend(ids_T)
+
+    @torch.inference_mode()
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Logits [T, V], float32, of what `extend` returned."""
+        return self._loop.logits(hidden_TD)
 
     @torch.inference_mode()
     def log_probabilities(self, ids: Tensor | list[int]) -> Iterator[Tensor]:
@@ -173,10 +190,18 @@ class _OwnLoop:
         self.channels, self.scale = attention.head_dim, attention.scaling
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.cos, self.sin = self._rotary(model.model.rotary_emb, decoder)
-        shape = (len(self.blocks), 1, 2 * self.kv_heads, decoder.max_length, self.channels)
-        self.cache = torch.empty(shape, dtype=self.cache_dtype, device=decoder.device)
+        self._allocate(decoder)
         plain = all(block.activation is F.silu and not block.head_norms for block in self.blocks)
         self.fused_steps = plain and decoder.device.type == "cpu" and self.step_dtype == torch.bfloat16 and cpu_step.available()
+
+    def _allocate(self, decoder: Decoder) -> None:
+        shape = (len(self.blocks), 1, 2 * self.kv_heads, decoder.max_length, self.channels)
+        self.cache = torch.empty(shape, dtype=self.cache_dtype, device=decoder.device)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the positions that are filled."""
+        return self.cache[:, :, :, : self.position].numel() * self.cache.element_size()
 
     def _rotary(self, rotary: nn.Module, decoder: Decoder) -> tuple[Tensor, Tensor]:
         """Tables [position, 1, C]. The sine's first half is negated, so that turning is x * cos + roll(x, C / 2) * sin."""
@@ -265,6 +290,8 @@ class _TransformersLoop:
         decoder.piece_dtype = decoder.step_dtype  # one copy of the weights, one type
         self.cache_dtype = decoder.step_dtype
         self.reset()
+
+    cache_bytes = 0
 
     def reset(self) -> None:
         self.position, self.keeps_cache = 0, True

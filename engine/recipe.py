@@ -17,6 +17,7 @@ from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.targets import chosen_blocks, matches, pattern_problem
 
 SCHEMA_VERSION = 1
+CACHED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")  # decoded by our own loop
 BITS = (2, 3, 4, 5, 6, 8)
 PATTERNS = ("unstructured", "2:4", "4:8")  # of zeros
 MAX_YAML_BYTES = 1 << 20
@@ -119,11 +120,13 @@ class RankScheme(Strict):
     """A matrix as a product of two of inner size r: a share `keep` of the break-even rank, or the very `rank`.
 
     factors: their own widths, else they are as `weights` says. Where a product would not be smaller than the matrix, the matrix stays whole.
+    latent: above 0 the KV cache holds what is between the factors, so the matrix is factored at any rank, in this many runs of rows by itself.
     """
 
     keep: Keep | None = None
     rank: Rank | None = None
     factors: WeightScheme | None = None
+    latent: Annotated[Whole, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _one_size(self) -> "RankScheme":
@@ -188,9 +191,27 @@ class CacheSide(Strict):
 
 
 class CacheRank(Strict):
-    """Share of the cache's width that a low-rank latent keeps."""
+    """The cache holds the middle of factored key and value matrices: a share `keep` of their width, or `ranks`, one a block.
 
-    keep: Keep
+    heads: the rows of all heads are factored together (joint), or those of each head by themselves (each).
+    """
+
+    keep: Keep = 1.0
+    ranks: tuple[Rank, ...] | None = None
+    sides: Literal["both", "keys", "values"] = "both"
+    heads: Literal["joint", "each"] = "joint"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles of the matrices that are factored."""
+        return {"both": ("k", "v"), "keys": ("k",), "values": ("v",)}[self.sides]
+
+
+class CacheWindow(Strict):
+    """Tokens that stay in the cache: the first `sinks` and the last `recent`; those between are forgotten."""
+
+    sinks: Annotated[Whole, Field(ge=0)] = 4
+    recent: Annotated[Whole, Field(ge=1)]
 
 
 class KVCache(Strict):
@@ -200,6 +221,7 @@ class KVCache(Strict):
     values: CacheSide | None = None
     residual_window: Annotated[Whole, Field(ge=0)] = 0
     rank: CacheRank | None = None
+    window: CacheWindow | None = None
 
 
 class Calibration(Strict):
@@ -325,8 +347,16 @@ class Recipe(Strict):
                 lines = tuple(number for number, line in enumerate(self.schemes) if matches(line.match, part, anatomy.blocks))
                 if lines not in made:
                     made[lines] = self._scheme_of(lines)
-                found[part.name] = made[lines]
+                found[part.name] = self._cached(part, made[lines], anatomy)
         return found
+
+    def _cached(self, part: Part, scheme: Scheme, anatomy: Anatomy) -> Scheme:
+        """The scheme with the rank that a latent cache asks of key and value matrices."""
+        latent = self.kv_cache.rank if self.kv_cache else None
+        if latent is None or part.role not in latent.roles:
+            return scheme
+        rank = RankScheme(rank=max(1, latent_width(latent, part, anatomy)), latent=anatomy.kv_heads if latent.heads == "each" else 1)
+        return scheme.model_copy(update={"rank": rank.model_copy(update={"factors": scheme.rank.factors if scheme.rank else None})})
 
     def _scheme_of(self, lines: tuple[int, ...]) -> Scheme:
         weights: dict[str, Any] | None = None
@@ -345,7 +375,7 @@ class Recipe(Strict):
 
     def validate_for(self, anatomy: Anatomy) -> list[Problem]:
         """Everything in the recipe that does not fit this model; empty when it can run. Methods are checked by `engine.methods`."""
-        return [*self._pattern_problems(anatomy), *self._group_problems(anatomy), *self._structure_problems(anatomy)]
+        return [*self._pattern_problems(anatomy), *self._group_problems(anatomy), *self._structure_problems(anatomy), *cache_problems(self.kv_cache, anatomy)]
 
     def _pattern_problems(self, anatomy: Anatomy) -> list[Problem]:
         lines = [(f"schemes[{i}].match", line.match) for i, line in enumerate(self.schemes)]
@@ -360,6 +390,8 @@ class Recipe(Strict):
     def _group_problems(self, anatomy: Anatomy) -> list[Problem]:
         found = []
         if any(problem.field.startswith("schemes") for problem in self._pattern_problems(anatomy)) or self._structure_problems(anatomy):
+            return []
+        if cache_problems(self.kv_cache, anatomy):
             return []
         for name, scheme in self.resolve(anatomy).items():
             for wrong, right in _shape_problems(scheme, anatomy.by_name[name]):
@@ -414,6 +446,63 @@ def _rank_problems(scheme: Scheme, most: int) -> list[tuple[str, str]]:
         found.append((f"Rank {scheme.rank.rank} is past the {most} that this matrix can have.", f"Use at most {most}, or leave the rank away."))
     if scheme.sparsity and scheme.sparsity.ratio:
         found.append(("Asks for zeros and for low rank in one matrix: a product of factors has no zeros to leave out.", "Set one of `sparsity` and `rank`."))
+    return found
+
+
+def latent_width(latent: CacheRank, part: Part, anatomy: Anatomy) -> int:
+    """Numbers a token that a latent cache holds of one side of a block; 0 where the share leaves less than one a head."""
+    if latent.ranks is not None:
+        return latent.ranks[part.block or 0]
+    runs = anatomy.kv_heads if latent.heads == "each" else 1
+    return runs * int(latent.keep * part.out_features / runs + 1e-9)
+
+
+def cache_problems(cache: KVCache | None, anatomy: Anatomy) -> list[Problem]:
+    """What of a cache scheme does not fit a model."""
+    if cache is None:
+        return []
+    found = []
+    if not (cache.keys or cache.values or cache.rank or cache.window):
+        found.append(("kv_cache", "Nothing of the cache is changed.", "Set keys, values, rank or window, or remove the field."))
+    if anatomy.architecture not in CACHED:
+        found.append(("kv_cache", f"The cache of {anatomy.architecture} is not our own.", f"Use one of {', '.join(CACHED)}, or remove the field."))
+    if cache.window and (cache.keys or cache.values or cache.rank):
+        found.append(("kv_cache.window", "Forgotten tokens and a compressed cache cannot be had together.", "Set `window`, or the others."))
+    for side, scheme in (("keys", cache.keys), ("values", cache.values)):
+        found += [(f"kv_cache.{side}.group_size", *told) for told in _side_problems(scheme, anatomy)]
+    found += [("kv_cache.rank", *told) for told in _latent_problems(cache.rank, anatomy)]
+    return [Problem(field=field, wrong=wrong, right=right) for field, wrong, right in found]
+
+
+def _side_problems(side: CacheSide | None, anatomy: Anatomy) -> list[tuple[str, str]]:
+    if side is None:
+        return []
+    if side.axis == "channel" and side.group_size == 0:
+        return [("A channel has no row of tokens that ends.", "Give a number of tokens, such as 32.")]
+    width = anatomy.kv_heads * anatomy.head_dim
+    if side.axis == "token" and side.group_size > width:
+        return [(f"{side.group_size} is more than the {width} channels that a token has.", f"Give at most {width}, or 'row'.")]
+    return []
+
+
+def _latent_problems(latent: CacheRank | None, anatomy: Anatomy) -> list[tuple[str, str]]:
+    """What of a latent cache does not fit: (what is wrong, what would be right)."""
+    if latent is None:
+        return []
+    parts = [part for part in anatomy.linears if part.role in latent.roles]
+    if len(parts) != len(latent.roles) * anatomy.blocks:
+        return [("This model has no key and value matrices of their own: they are fused.", "Remove the rank; keys and values can still have fewer bits.")]
+    if latent.ranks is not None and len(latent.ranks) != anatomy.blocks:
+        return [(f"There are {len(latent.ranks)} ranks for {anatomy.blocks} blocks.", "Give one a block, or only keep.")]
+    found, runs = [], anatomy.kv_heads if latent.heads == "each" else 1
+    widths = {part.name: latent_width(latent, part, anatomy) for part in parts}
+    if past := next((part for part in parts if widths[part.name] > min(part.out_features, part.in_features)), None):
+        found.append((f"Rank {widths[past.name]} is past the {past.out_features} that {past.name} can have.", f"Use at most {past.out_features}."))
+    if any(width % runs for width in widths.values()):
+        found.append((f"The ranks do not split over {runs} heads.", f"Use multiples of {runs}, or heads: joint."))
+    if not all(widths.values()):
+        least = runs / min(part.out_features for part in parts)
+        found.append((f"keep {latent.keep:g} leaves less than one number a head: no rank meets it.", f"Use at least {least:.3g}."))
     return found
 
 

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 
+from bitpress.engine.decode import Decoder
+
 MAX_POSITIONS = 256
 SLICE_NUMBERS = 1 << 24  # logits a slice may hold: 64 MB in float32, whatever the vocabulary
 PROBE_TOKENS = 8
+CACHE_PIECE = 32  # tokens read at once through a compressed cache: the usual group of keys
 
 
 class _Given(nn.Module):
@@ -87,8 +90,41 @@ class WholeScorer:
         return hidden_PD.float()
 
 
+class CacheScorer:
+    """A model with a compressed cache: every window is read in short pieces through the cache, as it would be in decoding.
+
+    A piece's own tokens are seen as they are, so a token sees between `residual_window` and that many and a piece's more
+    in full, where decoding has them leave the window one by one or a chunk at a time.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.vocab, self.device = _vocab(model), _device(model)
+        self._model = model
+        self._decoder: Decoder | None = None
+
+    def hidden(self, ids_BT: Tensor) -> Tensor:
+        """Hidden states behind the final norm, a sequence at a time."""
+        return torch.stack([self._read(ids_T) for ids_T in ids_BT])
+
+    def _read(self, ids_T: Tensor) -> Tensor:
+        decoder = self._reader(len(ids_T))
+        decoder.reset()
+        return torch.cat([decoder.extend(piece) for piece in ids_T.split(CACHE_PIECE)])
+
+    def _reader(self, length: int) -> Decoder:
+        if self._decoder is None or self._decoder.max_length < length:
+            self._decoder = Decoder(self._model, None, length, next(self._model.parameters()).dtype)
+        return self._decoder
+
+    def logits(self, hidden_PD: Tensor) -> Tensor:
+        """The decoder's own head."""
+        return self._reader(1).logits(hidden_PD)
+
+
 def scorer_of(model: nn.Module) -> Scorer:
-    """The split of a model where it reproduces the model's own logits on a few tokens, else the model whole."""
+    """The split of a model where it reproduces the model's own logits on a few tokens, else the model whole; through its cache where that is compressed."""
+    if getattr(model, "kv_scheme", None) is not None:
+        return CacheScorer(model)
     has_backbone = isinstance(model, PreTrainedModel) and model.base_model is not model
     if has_backbone and _reproduces(split := SplitScorer(model), model):
         return split

@@ -137,13 +137,12 @@ def _figures(side: str, model: nn.Module, recipe: Recipe | None, dense: Loaded, 
     """M of one side."""
     anatomy, protocol = dense.anatomy, replace(windows.protocol, windows=quality.windows)
     weights = weights_of(model, anatomy.block_prefix, anatomy.itemsize)
-    blocks = anatomy.blocks - len(recipe.dropped_blocks(anatomy) if recipe else ())
     values: Metrics = {
         **report.text_figures(quality.nll if side == "compressed" else quality.nll_dense),
         **(report.comparison_figures(quality) if side == "compressed" else {}),
         **report.size_figures(weights),
         **(report.latency_figures(latency) if latency else {}),
-        "kv_bytes_per_token": anatomy.kv_bytes_per_token // anatomy.blocks * blocks,
+        "kv_bytes_per_token": round(accounting.cache_bytes(recipe, anatomy, protocol.window) / protocol.window),
         "peak_bytes": peak_bytes(next(model.parameters()).device),
         "flops_per_token": accounting.flops_per_token(recipe, anatomy, context=protocol.window // 2),
         "kernels": kernels_of(model, anatomy.block_prefix),

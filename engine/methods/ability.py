@@ -18,6 +18,7 @@ class Ability(BaseModel):
     zeros: tuple[str, ...] = ("integer",)  # of asymmetric uniform codes, for weights
     patterns: tuple[str, ...] = ()  # patterns of zeros, for sparsity
     factors: bool = True  # whether it can be given each factor of a low-rank matrix, where it gives weights
+    latent: bool = False  # low rank of those matrices only whose middle the KV cache holds
     also: Literal["weights"] | None = None  # a second part, given in the same pass unless a later stage gives it
 
     def satisfies(self, scheme: Scheme) -> bool:
@@ -29,7 +30,7 @@ class Ability(BaseModel):
             return scheme.weights is not None and self._makes(scheme.weights) and (self.factors or scheme.rank is None)
         if self.part == "sparsity":
             return scheme.sparsity is not None and scheme.sparsity.pattern in self.patterns
-        return True
+        return not self.latent or (scheme.rank is not None and scheme.rank.latent > 0)
 
     def also_satisfies(self, scheme: Scheme) -> bool:
         """True when the scheme asks for the second part with a value that the method has."""

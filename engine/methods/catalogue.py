@@ -92,7 +92,6 @@ def _unserved(recipe: Recipe) -> list[Problem]:
     """Fields of a recipe that no method acts on."""
     structure = recipe.structure
     asked = {
-        "kv_cache": recipe.kv_cache,
         "structure.remove_heads": structure.remove_heads,
         "structure.neurons": structure.neurons,
         "structure.share_blocks": structure.share_blocks,

@@ -98,7 +98,10 @@ class FactorMethod(LinearMethod):
 
     def apply(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: Any) -> Outcome:
         """Factor one matrix at the scheme's rank; round the factors to nearest where the scheme gives them widths."""
-        left, right = (rounded(factor, scheme.weights) for factor in self.factor(weight_NK, rank_of(weight_NK, scheme), stats, options))
+        runs, rank = scheme.rank.latent or 1 if scheme.rank else 1, rank_of(weight_NK, scheme)
+        parts = [self.factor(rows_nK, rank // runs, stats, options) for rows_nK in weight_NK.chunk(runs)]
+        factors = Factors(torch.block_diag(*(part.left_NR for part in parts)), torch.cat([part.right_RK for part in parts]))
+        left, right = (rounded(factor, scheme.weights) for factor in factors)
         return product(left, right)
 
 

@@ -45,7 +45,6 @@ def test_a_recipe_that_fits_has_no_problems(found: Callable[..., list[Problem]])
         ({"stages": [{"method": "rtn"}]}, "stages[0]", "rtn has nothing to do", "set `weights`"),
         ({"schemes": [FOUR_BITS], "stages": [{"method": "rtn"}, {"method": "rtn"}]}, "stages[1]", "nothing to do", "Remove the stage"),
         ({"schemes": [FOUR_BITS, HALF], "stages": [{"method": "rtn"}, {"method": "magnitude"}]}, "stages", "after its weights", "prune or factor before"),
-        ({"kv_cache": {"keys": {"bits": 4, "axis": "channel"}}}, "kv_cache", "No method", "Remove"),
         ({"structure": {"remove_heads": {1: [0]}}}, "structure.remove_heads", "No method", "Remove"),
         ({"structure": {"neurons": {"keep": 0.5}}}, "structure.neurons", "No method", "Remove"),
         ({"structure": {"share_blocks": [[0, 1]]}}, "structure.share_blocks", "No method", "Remove"),

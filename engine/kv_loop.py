@@ -1,0 +1,138 @@
+"""Decoding over a compressed KV cache: coded, latent, or with old tokens forgotten. Knows attention; how rows are held is `kv_cache`'s.
+
+A latent cache holds z = B x of a factored key or value matrix A B (METHODS 4). Keys are made anew from it at every step, A z
+before the rotation, which stands between A and the query. Values are not: A comes after the mixing, once a token instead
+of once a cached token, which is the same sum as absorbing A into the output matrix and leaves that matrix as it is stored.
+Shape letters as in `decode`, with S rows in the cache, G heads of keys and values and E numbers a head that are mixed.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bitpress.engine.decode import Decoder, _Block, _OwnLoop
+from bitpress.engine.kv_cache import Rows, rows_for
+from bitpress.engine.recipe import CacheSide, KVCache
+from bitpress.kernels.layout import PairLayout
+from bitpress.kernels.packed import PackedLinear
+from bitpress.kernels.reference import dequantize
+from bitpress.kernels.rows import join
+
+
+class Side:
+    """Keys or values of one block: the way into the cache, the rows, and the factor behind them where they are latent."""
+
+    def __init__(self, linear: Any, latent: bool, dtype: torch.dtype) -> None:
+        self.up_NR: Tensor | None = None
+        self.bias_N = linear.bias
+        if latent and isinstance(linear, PackedLinear) and isinstance(linear.layout, PairLayout):
+            self.into = join([PackedLinear(linear.packed.part("right"))], dtype)
+            self.up_NR = dequantize(linear.packed.part("left"), dtype)
+            self.width = self.up_NR.shape[1]
+        else:
+            self.into, self.width = join([linear], dtype), linear.out_features
+        self.rows: Rows
+
+    def expanded(self, rows_SD: Tensor) -> Tensor:
+        """Full rows [S, N] of what the cache holds."""
+        if self.up_NR is None:
+            return rows_SD
+        return F.linear(rows_SD, self.up_NR.to(rows_SD.dtype), None if self.bias_N is None else self.bias_N.to(rows_SD.dtype))
+
+
+class CacheLoop(_OwnLoop):
+    """The loop of `decode` with rows of `kv_cache` in place of its one tensor."""
+
+    def _allocate(self, decoder: Decoder) -> None:
+        cache: KVCache = decoder.model.kv_scheme
+        latent = cache.rank.roles if cache.rank else ()
+        self.each = cache.rank is not None and cache.rank.heads == "each"
+        self.sides: list[tuple[Side, Side]] = []
+        for block in decoder.model.model.layers:
+            attention = block.self_attn
+            keys, values = (Side(linear, role in latent, self.step_dtype) for linear, role in ((attention.k_proj, "k"), (attention.v_proj, "v")))
+            self._hold(keys, cache, cache.keys, decoder)
+            self._hold(values, cache, cache.values, decoder)
+            self.sides.append((keys, values))
+        self.queries = [join([block.self_attn.q_proj], self.step_dtype) for block in decoder.model.model.layers]
+
+    def _hold(self, side: Side, cache: KVCache, scheme: CacheSide | None, decoder: Decoder) -> None:
+        side.rows = rows_for(cache, scheme, decoder.max_length, side.width, self.cache_dtype, decoder.device)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the tensors that hold the tokens so far."""
+        return sum(side.rows.nbytes for pair in self.sides for side in pair)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        for pair in self.sides:
+            for side in pair:
+                side.rows.reset()
+
+    def extend(self, ids_T: Tensor) -> Tensor:
+        """Last hidden states [T, D] of tokens put behind the others."""
+        dtype = self._dtype_for(len(ids_T))
+        x_TD = self.embed(ids_T).to(dtype)
+        for number, block in enumerate(self.blocks):
+            x_TD = x_TD + block.out(self._attend_rows(number, block, block.attention_norm(x_TD)))
+            gate, up = block.gate_up(block.mlp_norm(x_TD)).chunk(2, dim=-1)
+            x_TD = x_TD + block.down(block.activation(gate) * up)
+        self.position += len(ids_T)
+        return self.norm(x_TD)
+
+    def _attend_rows(self, number: int, block: _Block, x_TD: Tensor) -> Tensor:
+        """[T, heads * C], before the output matrix."""
+        keys, values = self.sides[number]
+        query_THC = self._turned(self.queries[number](x_TD), block, 0, self.position)
+        if keys.up_NR is None:
+            keys.rows.append(self._turned(keys.into(x_TD), block, 1, self.position).flatten(1))
+            keys_SGC = keys.rows.read().to(x_TD.dtype).unflatten(1, (-1, self.channels))
+        else:
+            keys.rows.append(keys.into(x_TD))
+            keys_SGC = self._turned(keys.expanded(keys.rows.read().to(x_TD.dtype)), block, 1, 0)
+        values.rows.append(values.into(x_TD))
+        return self._mix_rows(query_THC, keys_SGC, values, values.rows.read().to(x_TD.dtype))
+
+    def _turned(self, flat_TN: Tensor, block: _Block, which: int, start: int) -> Tensor:
+        """Heads [T, ., C] of queries (0) or keys (1), normed where the family norms them, turned to positions from `start`."""
+        x_THC = flat_TN.unflatten(1, (-1, self.channels))
+        if block.head_norms:
+            x_THC = block.head_norms[which](x_THC)
+        cos, sin = (table[start : start + len(x_THC)].to(x_THC.dtype) for table in (self.cos, self.sin))
+        return torch.addcmul(x_THC * cos, x_THC.roll(self.channels // 2, -1), sin)
+
+    def _mix_rows(self, query_THC: Tensor, keys_SGC: Tensor, side: Side, rows_SD: Tensor) -> Tensor:
+        """Every query head mixes the rows of its group: [T, heads * C]."""
+        length, held, groups = len(query_THC), len(keys_SGC), self.kv_heads
+        values_SGE = self._per_head(side, rows_SD)
+        query = query_THC.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)[None]  # [1, G, repeats * T, C]
+        mask = None
+        if length > 1:
+            ones = torch.ones(length, held, dtype=torch.bool, device=query_THC.device)
+            mask = ones.tril(held - length).repeat(self.heads // groups, 1)
+        keys, values = (rows.transpose(0, 1)[None] for rows in (keys_SGC, values_SGE))
+        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scale)
+        mixed_TGRE = mixed[0].unflatten(1, (-1, length)).permute(2, 0, 1, 3)
+        return self._raised(side, mixed_TGRE).flatten(1)
+
+    def _per_head(self, side: Side, rows_SD: Tensor) -> Tensor:
+        """What each head of values mixes, [S, G, E]: its channels, its own latent, or the one that all share."""
+        if side.up_NR is None or self.each:
+            return rows_SD.unflatten(1, (self.kv_heads, -1))
+        return rows_SD[:, None].expand(-1, self.kv_heads, -1)
+
+    def _raised(self, side: Side, mixed_TGRE: Tensor) -> Tensor:
+        """Mixed latents through the factor of their head: [T, G, repeats, C]."""
+        if side.up_NR is None:
+            return mixed_TGRE
+        up_GCE = side.up_NR.unflatten(0, (self.kv_heads, -1))
+        if self.each:
+            up_GCE = torch.stack([up_CR.unflatten(1, (self.kv_heads, -1))[:, head] for head, up_CR in enumerate(up_GCE)])
+        raised = torch.einsum("tgre,gce->tgrc", mixed_TGRE, up_GCE.to(mixed_TGRE.dtype))
+        if side.bias_N is None:
+            return raised
+        return raised + side.bias_N.to(raised.dtype).unflatten(0, (self.kv_heads, 1, -1))  # weights of a mix sum to one
