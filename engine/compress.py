@@ -322,7 +322,8 @@ def install(model: nn.Module, job: LayerJob, stored: StoredLayer) -> tuple[str, 
         return "dense", DENSE_REASON
     if isinstance(module, nn.Embedding):
         return _install_embedding(model, job.place, module, stored.content)
-    packed = PackedLinear(stored.content, _bias(module), job.scheme.activations.bits if job.scheme.activations else None)
+    rounding = job.scheme.activations
+    packed = PackedLinear(stored.content, _bias(module), *((rounding.bits, rounding.outliers) if rounding else ()))
     surgery.replace(model, job.place, packed)
     return packed.kernel, packed.reason
 

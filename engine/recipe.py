@@ -136,9 +136,13 @@ class RankScheme(Strict):
 
 
 class ActivationScheme(Strict):
-    """The layer's inputs are rounded as they come, one symmetric scale a token. Nothing of it is stored."""
+    """The layer's inputs are rounded as they come, one symmetric scale a token. Nothing of it is stored.
+
+    outliers: inputs that are as large as this in any token of a batch are not rounded.
+    """
 
     bits: Literal[8, 4]
+    outliers: Annotated[float, Field(gt=0.0, le=1e4), BeforeValidator(_share)] | None = None
 
 
 class Scheme(Strict):

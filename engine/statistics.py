@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+GRAM_SPAN = 256  # inputs whose products with all later ones are one matrix product
+
 
 class Statistic(Protocol):
     """Accumulates rows x_MK (M rows of K inputs) and gives one tensor."""
@@ -38,22 +40,25 @@ class SecondMoment:
 
 
 class Gram:
-    """E[x_i x_j] of every pair of inputs: float64 [K, K]. Products are of float32 rows, a batch at a time."""
+    """E[x_i x_j] of every pair of inputs: float64 [K, K]. Products are of float32 rows, a batch at a time, and of one triangle only."""
 
     def __init__(self) -> None:
-        self.total_KK: Tensor | None = None
+        self.total_KK: Tensor | None = None  # what lies below the diagonal's squares is left at 0
         self.rows = 0
 
     def add(self, x_MK: Tensor) -> None:
         """Add the outer products of M rows."""
-        rows = x_MK.float()
-        products_KK = (rows.t() @ rows).double()
-        self.total_KK = products_KK if self.total_KK is None else self.total_KK.add_(products_KK)
+        rows, width = x_MK.float(), x_MK.shape[1]
+        if self.total_KK is None:
+            self.total_KK = torch.zeros(width, width, dtype=torch.float64, device=x_MK.device)
+        for start in range(0, width, GRAM_SPAN):
+            self.total_KK[start : start + GRAM_SPAN, start:] += rows[:, start : start + GRAM_SPAN].t() @ rows[:, start:]
         self.rows += len(x_MK)
 
     def result(self) -> Tensor:
-        """The mean product of each pair. Raises ValueError when no row came."""
-        return _mean(self.total_KK, self.rows)
+        """The mean product of each pair, exactly symmetric. Raises ValueError when no row came."""
+        upper_KK = _mean(self.total_KK, self.rows).triu()
+        return upper_KK + upper_KK.triu(1).t()
 
 
 class MeanAbs:

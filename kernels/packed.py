@@ -80,13 +80,14 @@ class PackedLinear(_Packed):
     """y = x W^T + b with W packed, in whatever layout. Same inputs, same bits out.
 
     packed: W of shape (N, K). bias: [N] or None. activation_bits: 8 or 4 rounds every row of x as it comes, None leaves x alone.
+    outliers: with it, columns of x in which a number is as large as this are not rounded (LLM.int8(), METHODS 15.5).
     """
 
-    def __init__(self, packed: PackedTensor, bias: Tensor | None = None, activation_bits: int | None = None) -> None:
+    def __init__(self, packed: PackedTensor, bias: Tensor | None = None, activation_bits: int | None = None, outliers: float | None = None) -> None:
         super().__init__(packed)
         self.out_features, self.in_features = packed.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.activation_bits = activation_bits
+        self.activation_bits, self.outliers = activation_bits, outliers
         self._form: tuple[str, Form] | None = None
         self._kernels: dict[tuple[int, torch.dtype], str] = {}  # a decode step asks thousands of times
 
@@ -95,7 +96,7 @@ class PackedLinear(_Packed):
         x_MK = x.reshape(-1, self.in_features).contiguous()
         if not len(x_MK):
             return x.new_zeros(*x.shape[:-1], self.out_features)
-        y_MN = self._product(x_MK) if self.activation_bits is None else self._rounded_product(x_MK, self.activation_bits)
+        y_MN = self._product(x_MK) if self.activation_bits is None else self._mixed_product(x_MK, self.activation_bits)
         if self.bias is not None:
             y_MN = y_MN + self.bias.to(y_MN.dtype)
         return y_MN.view(*x.shape[:-1], self.out_features)
@@ -103,6 +104,13 @@ class PackedLinear(_Packed):
     def _product(self, x_MK: Tensor) -> Tensor:
         kernel = self._kernels.get((len(x_MK), x_MK.dtype)) or self._choose(len(x_MK), x_MK.dtype)
         return cpu.dequantized_matmul(x_MK, self.packed) if kernel == dispatch.DEQUANTIZE else self.form(kernel).matmul(x_MK)
+
+    def _mixed_product(self, x_MK: Tensor, bits: int) -> Tensor:
+        """The rounded product, and beside it the plain one of the columns that hold outliers."""
+        large_K = None if self.outliers is None else (x_MK.abs() >= self.outliers).any(0)
+        if large_K is None or not bool(large_K.any()):
+            return self._rounded_product(x_MK, bits)
+        return self._rounded_product(x_MK.masked_fill(large_K, 0.0), bits) + self._product(x_MK.masked_fill(~large_K, 0.0))
 
     def _rounded_product(self, x_MK: Tensor, bits: int) -> Tensor:
         """The C++ kernels round by themselves. Elsewhere: levels are whole numbers that every float type holds; their scale comes in afterwards."""
@@ -159,7 +167,7 @@ def fuse(linears: Sequence[PackedLinear]) -> PackedLinear:
 
     Raises ValueError when inputs, layouts, activation widths or the presence of a bias differ.
     """
-    if len({(linear.bias is None, linear.activation_bits) for linear in linears}) > 1:
+    if len({(linear.bias is None, linear.activation_bits, linear.outliers) for linear in linears}) > 1:
         raise ValueError("Layers with and without a bias, or with unlike activations, cannot be joined.")
     packed = concat([linear.packed for linear in linears])
     start = 0
@@ -167,7 +175,7 @@ def fuse(linears: Sequence[PackedLinear]) -> PackedLinear:
         linear.hold(packed.rows(start, start + linear.out_features))
         start += linear.out_features
     biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-    return PackedLinear(packed, torch.cat(biases) if biases else None, linears[0].activation_bits)
+    return PackedLinear(packed, torch.cat(biases) if biases else None, linears[0].activation_bits, linears[0].outliers)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ def join(modules: Sequence[nn.Module], dtype: torch.dtype) -> Rows:
         return DenseRows(cast(Sequence[nn.Linear], modules), dtype)
     if all(isinstance(module, PackedLinear) for module in modules):
         linears = cast(Sequence[PackedLinear], modules)
-        if len(linears) == 1 or (can_concat(linears[0].layout) and len({(each.layout, each.bias is None, each.activation_bits) for each in linears}) == 1):
+        kinds = {(each.layout, each.bias is None, each.activation_bits, each.outliers) for each in linears}
+        if len(linears) == 1 or (can_concat(linears[0].layout) and len(kinds) == 1):
             return PackedRows(linears)
     if len(modules) == 1:
         return SeparateRows(modules)

@@ -11,6 +11,7 @@ from bitpress.engine.calibrate import walk
 from bitpress.engine.errors import Cancelled, InputError
 from bitpress.engine.model.inspect import anatomy_of
 from bitpress.engine.model.surgery import get, linear_weight, replace, set_linear_weight
+from bitpress.engine.statistics import STATISTICS
 
 IDS = torch.randint(2, 300, (5, 40), generator=torch.Generator().manual_seed(1))  # 5 sequences: the last batch is a short one
 
@@ -64,6 +65,29 @@ def test_gram_has_the_second_moments_on_its_diagonal_and_is_the_mean_outer_produ
     model(input_ids=IDS)
     handle.remove()
     torch.testing.assert_close(found[layer]["gram"], inputs[0].t() @ inputs[0] / len(inputs[0]), rtol=1e-4, atol=1e-6)
+
+
+def test_mean_sizes_and_peaks_are_those_of_all_rows(tiny_models):
+    model = tiny_models("llama")
+    anatomy = anatomy_of(model, "tiny")
+    layer, found, inputs = anatomy.linears[-1].name, {}, []
+    walk(model, anatomy, IDS, {layer: {"mean_abs", "peak"}}, lambda index, stats: found.update(stats), dtype=torch.float32)
+    handle = get(model, layer).register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, 1).double()))
+    model(input_ids=IDS)
+    handle.remove()
+    torch.testing.assert_close(found[layer]["mean_abs"], inputs[0].abs().mean(0), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found[layer]["peak"], inputs[0].abs().amax(0), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("width", [7, 256, 600])
+def test_a_gram_made_of_triangles_is_whole_and_symmetric(width):
+    rows = torch.randn(40, width, generator=torch.Generator().manual_seed(0))
+    gram = STATISTICS["gram"]()
+    gram.add(rows[:25])
+    gram.add(rows[25:])
+    made = gram.result()
+    torch.testing.assert_close(made, rows.double().t() @ rows.double() / 40, rtol=1e-4, atol=1e-5)
+    assert torch.equal(made, made.t())
 
 
 def test_layers_that_read_one_tensor_share_one_statistic(tiny_models):
