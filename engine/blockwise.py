@@ -42,7 +42,7 @@ class LearnedLinear(nn.Module):
 
 @dataclass
 class Trial:
-    """What training one block came to: mean squared error of the block's output on the held-out sequences."""
+    """What training one block came to: the error of its output on the held-out sequences."""
 
     start: float
     best: float
@@ -66,6 +66,7 @@ class Reconstruction:
     def __post_init__(self) -> None:
         self.stream = Stream(self.dense, self.anatomy, self.ids_SL)
         self.inputs_SLd = self.targets_SLd = self.stream.hidden_SLd
+        self.sizes_SL = self.inputs_SLd[..., 0]
 
     def enter(self, block: int, hidden: list[Tensor]) -> None:
         """Stand before a block: `hidden` has passed through the compressed blocks before it."""
@@ -73,6 +74,7 @@ class Reconstruction:
             self.stream.hidden_SLd = self.targets_SLd.to(self.stream.dtype)
         self.block, self.inputs_SLd = block, torch.cat(hidden)
         self.targets_SLd = self.outputs(self.stream.blocks[block], self.stream.hidden_SLd)
+        self.sizes_SL = self.targets_SLd.square().mean(dim=2).clamp_min(torch.finfo(torch.float32).tiny)
 
     @torch.no_grad()
     def outputs(self, block: nn.Module, x_SLd: Tensor) -> Tensor:
@@ -161,7 +163,7 @@ class _Training:
         return trial
 
     def step(self, number: int) -> float:
-        """One step on a few sequences; returns their mean squared error."""
+        """One step on a few sequences; returns their error."""
         if self.run_.should_stop():
             raise Cancelled
         for group in self.optimiser.param_groups:
@@ -171,11 +173,11 @@ class _Training:
             weight.train()
         with torch.enable_grad():
             output = self.run_.stream.run(self.run_.block, self.block, self.mixed(chosen))
-            loss = nn.functional.mse_loss(output, self.run_.targets_SLd[chosen])
+            loss = self.loss(output, chosen)
             self.optimiser.zero_grad()
             loss.backward()
         self.optimiser.step()
-        return float(loss)
+        return float(loss.detach())
 
     def mixed(self, chosen: Tensor) -> Tensor:
         """Inputs of these sequences, each number from the dense or the compressed stream by chance (METHODS 1.4)."""
@@ -185,11 +187,18 @@ class _Training:
 
     @torch.no_grad()
     def error(self) -> float:
-        """Mean squared error on the held-out sequences, on compressed inputs alone."""
+        """The error on the held-out sequences, on compressed inputs alone."""
         for weight in self.weights:
             weight.eval()
-        made = self.run_.outputs(self.block, self.run_.inputs_SLd[self.kept :])
-        return float(nn.functional.mse_loss(made, self.run_.targets_SLd[self.kept :]))
+        return float(self.loss(self.run_.outputs(self.block, self.run_.inputs_SLd[self.kept :]), slice(self.kept, None)))
+
+    def loss(self, made_BLd: Tensor, chosen: Tensor | slice) -> Tensor:
+        """Mean squared error against these sequences' targets, by default each token's over its target's mean square.
+
+        Plain, a few tokens decide: in SmolLM2 the first one's mean square is some ten thousand times the others'.
+        """
+        errors_BL = (made_BLd - self.run_.targets_SLd[chosen]).square().mean(dim=2)
+        return (errors_BL if self.options.loss == "plain" else errors_BL / self.run_.sizes_SL[chosen]).mean()
 
     def state(self) -> list[dict[str, Any]]:
         """A copy of every parameter."""

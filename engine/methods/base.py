@@ -136,7 +136,7 @@ class BlockOptions(MethodOptions):
         default=200, ge=0, le=20000, title="Steps a block",
         description="Optimiser steps for each block; 0 keeps the start. Time grows in proportion.",
     )  # fmt: skip
-    sequences: int = Field(default=4, ge=1, le=64, title="Sequences a step", description="Calibration sequences that each step looks at.")
+    sequences: int = Field(default=2, ge=1, le=64, title="Sequences a step", description="Calibration sequences that each step looks at.")
     held_out: int = Field(
         default=8, ge=1, le=256, title="Sequences held out",
         description="Calibration sequences that are not trained on. The state of least error on them is kept, the start included.",
@@ -144,6 +144,14 @@ class BlockOptions(MethodOptions):
     mixing: float = Field(
         default=0.5, ge=0.0, le=1.0, title="Share of dense inputs",
         description="Each number that enters a block is taken from the dense model with this probability, else from the compressed blocks before it.",
+    )  # fmt: skip
+    by_inputs: bool = Field(
+        default=True, title="Weigh the start by inputs",
+        description="In the start, errors of weights whose inputs are large count more, by the inputs' mean square on the calibration text.",
+    )  # fmt: skip
+    loss: Literal["per_token", "plain"] = Field(
+        default="per_token", title="Error that is lowered",
+        description="per_token: each token's squared error over its size, as the next norm sees it. plain: as published; a huge first token can fill it.",
     )  # fmt: skip
 
 
@@ -153,6 +161,10 @@ class BlockMethod(Method):
     acts_on: ClassVar[str] = "block"
     gradients: ClassVar[bool] = True
     Options: ClassVar[type[MethodOptions]] = BlockOptions
+
+    def needs_for(self, options: Any) -> frozenset[str]:
+        """What weighs the errors of the start."""
+        return frozenset({"second_moment"}) if options.by_inputs else self.needs
 
     @abstractmethod
     def start(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: Any) -> LearnedWeight:

@@ -1,7 +1,8 @@
 """Rounding, binary coding and the methods that optimise a block, side by side: error of the blocks' outputs and perplexity, over seeds.
 
 Every optimised method has the same steps, text and number of learning rates to choose from; rates are chosen on a seed that is not
-reported, by the error on held-out calibration sequences. A row of JSON a run goes to stdout, a table of means to stderr:
+reported, by the error on held-out calibration sequences. "=" marks uniform codes in groups so small that they take as many bytes as
+binary codes (a scale and a zero against one alpha a bit and a shift). A row of JSON a run goes to stdout, a table of means to stderr:
 
     python tests/bench/block_reconstruction.py --model tiny-stories --bits 2 3 4 --seeds 0 1 2 --tune
 """
@@ -39,6 +40,7 @@ class Entrant:
     label: str
     method: str
     options: dict[str, Any] = field(default_factory=dict)
+    small_groups: bool = False  # uniform codes in groups so small that they take the bytes of binary codes
     choices: tuple[dict[str, Any], ...] = ()
 
     @property
@@ -53,10 +55,12 @@ def entrants() -> list[Entrant]:
         Entrant("RTN", "rtn"),
         Entrant("RTN clip", "rtn", {"clip_search": True}),
         Entrant("GPTQ clip", "gptq", {"clip_search": True}),
+        Entrant("GPTQ clip =", "gptq", {"clip_search": True}, small_groups=True),
         Entrant("BCQ", "bcq"),
-        Entrant("FlexRound", "flexround", {}, tuple({"rate": rate} for rate in RATES)),
-        Entrant("OmniQuant", "omniquant", {}, tuple({"rate": rate} for rate in CLIP_RATES)),
-        Entrant("UniQuanF", "uniquanf", {}, tuple({"rate": rate, "alpha_rate": rate / 10} for rate in RATES)),
+        Entrant("FlexRound", "flexround", choices=tuple({"rate": rate} for rate in RATES)),
+        Entrant("FlexRound =", "flexround", small_groups=True, choices=tuple({"rate": rate} for rate in RATES)),
+        Entrant("OmniQuant", "omniquant", choices=tuple({"rate": rate} for rate in CLIP_RATES)),
+        Entrant("UniQuanF", "uniquanf", choices=tuple({"rate": rate, "alpha_rate": rate / 10} for rate in RATES)),
     ]
     return [entrant for entrant in found if entrant.method in registry.all_methods()]
 
@@ -64,17 +68,18 @@ def entrants() -> list[Entrant]:
 def recipe_of(entrant: Entrant, bits: int, seed: int, asked: argparse.Namespace, options: dict[str, Any]) -> Recipe:
     """All block linears at one width and group."""
     budget = {"steps": asked.steps} if entrant.choices else {}
-    weights = {"bits": bits, "group_size": asked.group, "format": entrant.format}
+    group = asked.group * (16 + bits) // (16 * (bits + 1)) if entrant.small_groups else asked.group
+    weights = {"bits": bits, "group_size": group, "format": entrant.format}
     stage = {"method": entrant.method, "options": {**entrant.options, **budget, **options}}
     calibration = {"sequences": asked.sequences, "length": asked.length}
-    schemes = [{"match": "*", "weights": weights}]
+    schemes = [{"match": asked.match, "weights": weights}]
     return Recipe.from_dict({"model": asked.model, "seed": seed, "calibration": calibration, "schemes": schemes, "stages": [stage]})
 
 
 def block_error(loaded: Loaded, made: nn.Module, ids_NT: Tensor) -> float:
-    """Mean over blocks of |output - dense output|^2 / |dense output|^2, each model fed by its own earlier blocks."""
+    """Mean over blocks and tokens of |output - dense output|^2 / |dense output|^2, each model fed by its own earlier blocks."""
     outputs = [_block_outputs(model, loaded.anatomy.block_prefix, ids_NT) for model in (loaded.model, made)]
-    return statistics.fmean(float((other - dense).square().sum() / dense.square().sum()) for dense, other in zip(*outputs, strict=True))
+    return statistics.fmean(float(((other - dense).square().sum(-1) / dense.square().sum(-1)).mean()) for dense, other in zip(*outputs, strict=True))
 
 
 @torch.inference_mode()
@@ -89,7 +94,7 @@ def _block_outputs(model: nn.Module, prefix: str, ids_NT: Tensor) -> list[Tensor
 
 
 def run(loaded: Loaded, entrant: Entrant, bits: int, seed: int, asked: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
-    """One compression, measured. `held_out`: mean over blocks of the best held-out loss over the dense output's own size of the loss's start."""
+    """One compression, measured. `held_out`: sum over blocks of the error that training reached."""
     plan, said = recipe_of(entrant, bits, seed, asked, options), []
     begun = time.perf_counter()
     made = compress(loaded, plan, lambda kind, data: said.append(data) if kind == "block_loss" else None)
@@ -111,7 +116,7 @@ def tuned(loaded: Loaded, entrant: Entrant, bits: int, asked: argparse.Namespace
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Means and standard deviations over the seeds."""
-    lines = [f"{'bits':>4} {'method':<10} {'bits/weight':>11} {'block error':>20} {'perplexity ratio':>22} {'seconds':>8}"]
+    lines = [f"{'bits':>4} {'method':<12} {'bits/weight':>11} {'block error':>20} {'perplexity ratio':>22} {'seconds':>8}"]
     for bits, label in dict.fromkeys((row["bits"], row["label"]) for row in rows):
         same = [row for row in rows if (row["bits"], row["label"]) == (bits, label)]
         error, ratio = ([row[name] for row in same] for name in ("block_error", "log_ratio"))
@@ -119,7 +124,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in (error, ratios)]
         seconds = statistics.median(row["seconds"] for row in same)
         figures = f"{statistics.fmean(error):.5f} ({spread[0]:.5f})", f"{statistics.fmean(ratios):.4f} ({spread[1]:.4f})"
-        lines.append(f"{bits:>4} {label:<10} {same[0]['bits_per_weight']:>11.3f} {figures[0]:>20} {figures[1]:>22} {seconds:>8.1f}")
+        lines.append(f"{bits:>4} {label:<12} {same[0]['bits_per_weight']:>11.3f} {figures[0]:>20} {figures[1]:>22} {seconds:>8.1f}")
     return "\n".join(lines)
 
 
@@ -130,6 +135,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--match", default="*", help="the layers to compress; the others stay dense")
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--sequences", type=int, default=40)
     parser.add_argument("--length", type=int, default=256)

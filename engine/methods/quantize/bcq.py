@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import LinearMethod, MethodOptions, Outcome, Statistics
-from bitpress.engine.methods.quantize.binary import Planes, alternate, binary_outcome, encode_binary, fit_rows, greedy
+from bitpress.engine.methods.quantize.binary import Planes, alternate, binary_outcome, encode_binary, fit_rows, greedy, weighted_mean
 from bitpress.engine.recipe import FORMAT_BITS, Scheme
 
 
@@ -19,6 +19,10 @@ class BinaryCodingOptions(MethodOptions):
     shift: bool = Field(
         default=True, title="Fit the middle",
         description="Lets each group's levels lie around a fitted middle instead of 0. Helps where weights are skewed, and costs no bytes.",
+    )  # fmt: skip
+    by_inputs: bool = Field(
+        default=False, title="Weigh by inputs",
+        description="Errors of weights whose inputs are large count more, by the inputs' mean square on the calibration text.",
     )  # fmt: skip
 
 
@@ -35,17 +39,21 @@ class BinaryCoding(LinearMethod):
     ability = Ability(part="weights", bits=FORMAT_BITS["bcq"], formats=("bcq",))
     Options = BinaryCodingOptions
 
+    def needs_for(self, options: BinaryCodingOptions) -> frozenset[str]:
+        """Text is looked at only to weigh errors."""
+        return frozenset({"second_moment"}) if options.by_inputs else self.needs
+
     def apply(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: BinaryCodingOptions) -> Outcome:
         """Code one matrix in the scheme's width and groups."""
         if scheme.weights is None:
             raise ValueError("bcq was given a scheme without weights")
         bits, size = scheme.weights.bits, scheme.weights.group_size
-        planes = fit_rows(weight_NK, size, lambda groups_Rg: fit(groups_Rg, bits, options))
+        planes = fit_rows(weight_NK, size, lambda groups_Rg, importance_Rg: fit(groups_Rg, bits, options, importance_Rg), stats.get("second_moment"))
         return binary_outcome(encode_binary(weight_NK, size, planes), size)
 
 
-def fit(groups_Rg: Tensor, bits: int, options: BinaryCodingOptions) -> Planes:
+def fit(groups_Rg: Tensor, bits: int, options: BinaryCodingOptions, importance_Rg: Tensor | None) -> Planes:
     """Greedy on what the shift leaves, the mean or nothing, and then by turns."""
-    middle = groups_Rg.mean(dim=1, keepdim=True)
-    start = greedy(groups_Rg, bits, middle if options.shift else middle.mul(0))
-    return alternate(groups_Rg, start, options.rounds, options.shift).planes
+    middle = weighted_mean(groups_Rg, importance_Rg)
+    start = greedy(groups_Rg, bits, middle if options.shift else middle.mul(0), importance_Rg)
+    return alternate(groups_Rg, start, options.rounds, options.shift, importance_Rg).planes

@@ -5,7 +5,7 @@ groups (rows times groups a row), g weights a group, n planes, L = 2**n levels. 
 the signs (+1, +1, ...), ..., (-1, -1, ...): place 0 is the sum of all alphas, neighbours differ in the sign of the smallest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -76,26 +76,37 @@ class Fit(NamedTuple):
     places_Rg: Tensor
 
 
-def greedy(groups_Rg: Tensor, bits: int, shift: Tensor) -> Fit:
+def weighted_mean(values_Rg: Tensor, importance_Rg: Tensor | None) -> Tensor:
+    """The mean of each group, [R, 1], every weight counted as often as its importance says; 0 where none has any."""
+    if importance_Rg is None:
+        return values_Rg.mean(dim=1, keepdim=True)
+    whole = importance_Rg.sum(dim=1, keepdim=True)
+    return torch.where(whole > 0, (values_Rg * importance_Rg).sum(dim=1, keepdim=True) / whole, 0.0)
+
+
+def greedy(groups_Rg: Tensor, bits: int, shift: Tensor, importance_Rg: Tensor | None = None) -> Fit:
     """Plane by plane: the signs of what is left, and its mean size as their alpha; the sign of 0 is +1 (METHODS 1.3, 0.6)."""
     left, places, alphas = groups_Rg - shift, torch.zeros_like(groups_Rg, dtype=torch.int64), []
     for _ in range(bits):
-        alphas.append(left.abs().mean(dim=1, keepdim=True))
+        alphas.append(weighted_mean(left.abs(), importance_Rg))
         below = left < 0
         places = 2 * places + below
         left = left - torch.where(below, -alphas[-1], alphas[-1])
     return Fit(Planes(torch.cat(alphas, dim=1), shift), places)
 
 
-def alternate(groups_Rg: Tensor, fit: Fit, rounds: int, fit_shift: bool) -> Fit:
-    """Least squares and nearest places in turn; neither half ever raises a group's squared error (METHODS 1.3, 0.6 ii)."""
+def alternate(groups_Rg: Tensor, fit: Fit, rounds: int, fit_shift: bool, importance_Rg: Tensor | None = None) -> Fit:
+    """Least squares and nearest places in turn; neither half ever raises a group's squared error (METHODS 1.3, 0.6 ii).
+
+    importance_Rg: what each weight's squared error counts; None is the same for all.
+    """
     for _ in range(rounds):
-        planes = refit(groups_Rg, fit, fit_shift)
+        planes = refit(groups_Rg, fit, fit_shift, importance_Rg)
         fit = Fit(planes, nearest(groups_Rg - planes.shift, planes.levels()))
     return fit
 
 
-def refit(groups_Rg: Tensor, fit: Fit, fit_shift: bool) -> Planes:
+def refit(groups_Rg: Tensor, fit: Fit, fit_shift: bool, importance_Rg: Tensor | None = None) -> Planes:
     """The alphas, and on request the shift, of least squared error for the fit's places; alphas positive and falling.
 
     The normal equations are walked from the present values by conjugate gradients, as many steps as unknowns: where they
@@ -107,7 +118,8 @@ def refit(groups_Rg: Tensor, fit: Fit, fit_shift: bool) -> Planes:
     if fit_shift:
         design = torch.cat([design, torch.ones_like(design[:, :1])], dim=1)
         start, target = torch.cat(list(planes), dim=1), groups_Rg
-    counts_RL, sums_RL = (target.new_zeros(len(target), 2**bits).scatter_add_(1, fit.places_Rg, part) for part in (torch.ones_like(target), target))
+    counted = (torch.ones_like(target), target) if importance_Rg is None else (importance_Rg, importance_Rg * target)
+    counts_RL, sums_RL = (target.new_zeros(len(target), 2**bits).scatter_add_(1, fit.places_Rg, part) for part in counted)
     matrix = (counts_RL @ (design[:, :, None] * design[:, None, :]).flatten(1)).unflatten(1, (design.shape[1], -1))
     right = sums_RL @ design
     found = conjugate_gradients(matrix, right, start)
@@ -130,18 +142,19 @@ def conjugate_gradients(matrix: Tensor, right: Tensor, start: Tensor) -> Tensor:
     return found
 
 
-def unified(groups_Rg: Tensor, bits: int, rounds: int, candidates: int, exponent: float = 2.4) -> Planes:
+def unified(groups_Rg: Tensor, bits: int, rounds: int, candidates: int, importance_Rg: Tensor | None = None) -> Planes:
     """The start of METHODS 1.3: a uniform grid's shift, searched over shrunk ranges that keep the lower end, and alphas fitted to it.
 
-    The i-th of G candidates puts the middle of the levels at min + i/G * (max - min) / 2; the least sum of |error|**exponent
+    The i-th of G candidates puts the middle of the levels at min + i/G * (max - min) / 2; the least sum of |error|**2.4
     wins, for each group on its own. With one candidate the shift is the middle of the range.
     """
     low, high = groups_Rg.aminmax(dim=1, keepdim=True)
     best, least = None, None
     for number in range(candidates, 0, -1):
         shift = low + (high - low) / 2 * (number / candidates)
-        planes = alternate(groups_Rg, greedy(groups_Rg, bits, shift), rounds, fit_shift=False).planes
-        error = error_of(groups_Rg, planes, exponent)
+        start = greedy(groups_Rg, bits, shift, importance_Rg)
+        planes = alternate(groups_Rg, start, rounds, fit_shift=False, importance_Rg=importance_Rg).planes
+        error = error_of(groups_Rg, planes, 2.4, importance_Rg)
         best, least = (planes, error) if best is None or least is None else _better(best, least, planes, error)
     assert best is not None
     return best
@@ -152,18 +165,19 @@ def _better(best: Planes, least: Tensor, other: Planes, error: Tensor) -> tuple[
     return Planes(*(torch.where(less, new, old) for new, old in zip(other, best, strict=True))), torch.minimum(error, least)
 
 
-def best_of(groups_Rg: Tensor, *choices: Planes, exponent: float = 2.0) -> Planes:
-    """For each group the parameters of least sum of |error|**exponent among the choices; the first wins a tie."""
-    best, least = choices[0], error_of(groups_Rg, choices[0], exponent)
+def best_of(groups_Rg: Tensor, choices: Sequence[Planes], importance_Rg: Tensor | None = None) -> Planes:
+    """For each group the parameters of least squared error among the choices; the first wins a tie."""
+    best, least = choices[0], error_of(groups_Rg, choices[0], 2.0, importance_Rg)
     for other in choices[1:]:
-        best, least = _better(best, least, other, error_of(groups_Rg, other, exponent))
+        best, least = _better(best, least, other, error_of(groups_Rg, other, 2.0, importance_Rg))
     return best
 
 
-def error_of(groups_Rg: Tensor, planes: Planes, exponent: float = 2.0) -> Tensor:
-    """Sum of |w - nearest level|**exponent of each group: [R, 1]."""
+def error_of(groups_Rg: Tensor, planes: Planes, exponent: float = 2.0, importance_Rg: Tensor | None = None) -> Tensor:
+    """Sum of |w - nearest level|**exponent of each group, [R, 1], times each weight's importance."""
     made = decode(nearest(groups_Rg - planes.shift, planes.levels()), planes)
-    return (made - groups_Rg).abs_().pow_(exponent).sum(dim=1, keepdim=True)
+    powers = (made - groups_Rg).abs_().pow_(exponent)
+    return (powers if importance_Rg is None else powers.mul_(importance_Rg)).sum(dim=1, keepdim=True)
 
 
 def uniform_planes(grid: Grid, bits: int) -> Planes:
@@ -172,26 +186,37 @@ def uniform_planes(grid: Grid, bits: int) -> Planes:
     return Planes(grid.scale * halves, grid.scale * ((2**bits - 1) / 2 - grid.zero))
 
 
-def fit_rows(weight_NK: Tensor, group_size: int, fit: Callable[[Tensor], Planes]) -> Planes:
+def fit_rows(weight_NK: Tensor, group_size: int, fit: Callable[[Tensor, Tensor | None], Planes], importance_K: Tensor | None = None) -> Planes:
     """The parameters of every group of a matrix, row by row; a short last group of the rows is fitted on its own.
 
-    weight_NK: float32 [N, K], finite. fit: parameters of groups [R, g].
+    weight_NK: float32 [N, K], finite. fit: parameters of groups [R, g], whose weights have the importance [R, g] or None.
+    importance_K: what the squared error of each input's weights counts.
     """
     rows, columns = weight_NK.shape
     size = group_size or columns
     whole = columns - columns % size
-    parts = [part for part in (weight_NK[:, :whole], weight_NK[:, whole:]) if part.shape[1]]
-    made = [_fit_groups(part.reshape(-1, min(size, part.shape[1])), fit) for part in parts]
+    spans = [slice(0, whole), slice(whole, columns)] if 0 < whole < columns else [slice(0, columns)]
+    parts = [weight_NK[:, span].reshape(-1, min(size, span.stop - span.start)) for span in spans]
+    every = None if importance_K is None else shares_of(importance_K).expand(rows, -1)
+    counts = [None if every is None else every[:, span].reshape(part.shape) for span, part in zip(spans, parts, strict=True)]
+    made = [_fit_groups(part, fit, importance) for part, importance in zip(parts, counts, strict=True)]
     joined = (torch.cat([part.view(rows, -1, part.shape[1]) for part in column], dim=1) for column in zip(*made, strict=True))
     return Planes(*(column.flatten(0, 1) for column in joined))
 
 
-def _fit_groups(groups_Rg: Tensor, fit: Callable[[Tensor], Planes]) -> Planes:
+def shares_of(importance_K: Tensor) -> Tensor:
+    """Importances in units of their mean, float32; an input that the text hardly moved still counts a thousandth."""
+    mean = importance_K.mean()
+    return (importance_K / mean if mean > 0 else torch.ones_like(importance_K)).clamp_min(1e-3).float()
+
+
+def _fit_groups(groups_Rg: Tensor, fit: Callable[[Tensor, Tensor | None], Planes], importance_Rg: Tensor | None) -> Planes:
     """A group is fitted in units of its largest weight: squares of very large and very small ones would leave float32."""
     largest = groups_Rg.abs().amax(dim=1, keepdim=True)
     unit = torch.where(largest > 0, largest, 1.0)
     chunk = max(1, CHUNK_WEIGHTS // groups_Rg.shape[1])
-    pieces = [fit(piece / size) for piece, size in zip(groups_Rg.split(chunk), unit.split(chunk), strict=True)]
+    counts = importance_Rg.split(chunk) if importance_Rg is not None else [None] * -(-len(groups_Rg) // chunk)
+    pieces = [fit(piece / size, count) for piece, size, count in zip(groups_Rg.split(chunk), unit.split(chunk), counts, strict=True)]
     return Planes(*(torch.cat(column) * unit for column in zip(*pieces, strict=True)))
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import BlockMethod, BlockOptions, LearnedWeight, Outcome, Statistics
-from bitpress.engine.methods.quantize.learned import Reshape
-from bitpress.engine.methods.quantize.pipeline import SCALE_DTYPE, ClipSearch, Codes, Grid, decode, encode, search_grid, to_groups
+from bitpress.engine.methods.quantize.learned import Reshape, searched_grid
+from bitpress.engine.methods.quantize.pipeline import SCALE_DTYPE, Codes, Grid, decode, encode
 from bitpress.engine.recipe import BITS, Scheme, WeightScheme
 
 
@@ -36,16 +36,16 @@ class FlexRound(BlockMethod):
         """The grid of a clip search with error |e|**2.4, and no factors."""
         if scheme.weights is None:
             raise ValueError("flexround was given a scheme without weights")
-        return FlexRoundWeight(weight_NK, scheme.weights, options)
+        return FlexRoundWeight(weight_NK, scheme.weights, options, stats.get("second_moment"))
 
 
 class FlexRoundWeight(LearnedWeight):
     """One matrix under FlexRound."""
 
-    def __init__(self, weight_NK: Tensor, scheme: WeightScheme, options: FlexRoundOptions) -> None:
+    def __init__(self, weight_NK: Tensor, scheme: WeightScheme, options: FlexRoundOptions, importance_K: Tensor | None) -> None:
         super().__init__()
         self.scheme, self.options = scheme, options
-        grid = search_grid(to_groups(weight_NK, scheme.group_size).flatten(0, 1), scheme, ClipSearch())
+        grid = searched_grid(weight_NK, scheme, importance_K)
         self.reshape = Reshape(weight_NK, scheme.group_size, grid.scale)
         self.zero_R1 = grid.zero
 

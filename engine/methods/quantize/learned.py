@@ -10,8 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitpress.engine.methods.quantize.binary import signs
-from bitpress.engine.methods.quantize.pipeline import to_groups
+from bitpress.engine.methods.quantize.binary import shares_of, signs
+from bitpress.engine.methods.quantize.pipeline import ClipSearch, Grid, search_grid, to_groups
+from bitpress.engine.recipe import WeightScheme
+
+
+def searched_grid(weight_NK: Tensor, scheme: WeightScheme, importance_K: Tensor | None) -> Grid:
+    """The uniform grid that every group starts with, [R, 1] each: of a clip search with error |e|**2.4, times each input's importance."""
+    importance = None if importance_K is None else to_groups(shares_of(importance_K).expand_as(weight_NK), scheme.group_size).flatten(0, 1)
+    return search_grid(to_groups(weight_NK, scheme.group_size).flatten(0, 1), scheme, ClipSearch(), importance)
 
 
 class Reshape(nn.Module):

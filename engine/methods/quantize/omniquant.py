@@ -1,6 +1,6 @@
 """OmniQuant's learnable weight clipping: learns how far each group's range is cut, and rounds to the grid of what is left (METHODS 15.8)."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import BlockMethod, BlockOptions, LearnedWeight, Outcome, Statistics
+from bitpress.engine.methods.quantize.learned import searched_grid
 from bitpress.engine.methods.quantize.pipeline import SCALE_DTYPE, Codes, Grid, decode, encode, group_range, make_grid, to_groups
 from bitpress.engine.recipe import BITS, Scheme, WeightScheme
 
@@ -17,6 +18,9 @@ START = 4.0  # sigmoid(4) = 0.982 of the range
 class OmniQuantOptions(BlockOptions):
     """Optimiser."""
 
+    start: Literal["search", "wide"] = Field(
+        default="search", title="Start", description="search: the range of a clip search. wide: 98.2% of every range, as published; needs many more steps."
+    )
     rate: float = Field(default=1e-2, gt=0.0, le=1.0, title="Learning rate", description="Of the two clipping strengths a group; falls to 0 along a cosine.")
 
 
@@ -34,21 +38,27 @@ class OmniQuant(BlockMethod):
     Options = OmniQuantOptions
 
     def start(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: OmniQuantOptions) -> LearnedWeight:
-        """98.2% of each group's range."""
+        """Every group's range, cut as the options say."""
         if scheme.weights is None:
             raise ValueError("omniquant was given a scheme without weights")
-        return ClippedWeight(weight_NK, scheme.weights, options)
+        return ClippedWeight(weight_NK, scheme.weights, options, stats.get("second_moment"))
 
 
 class ClippedWeight(LearnedWeight):
     """One matrix with learned ends."""
 
-    def __init__(self, weight_NK: Tensor, scheme: WeightScheme, options: OmniQuantOptions) -> None:
+    def __init__(self, weight_NK: Tensor, scheme: WeightScheme, options: OmniQuantOptions, importance_K: Tensor | None) -> None:
         super().__init__()
         self.scheme, self.options, self.shape = scheme, options, tuple(weight_NK.shape)
         self.groups_Rg = to_groups(weight_NK, scheme.group_size).flatten(0, 1)
         self.low_R1, self.high_R1 = group_range(self.groups_Rg)
-        self.lower, self.upper = (nn.Parameter(torch.full_like(self.low_R1, START)) for _ in range(2))
+        strength = torch.full_like(self.low_R1, START) if options.start == "wide" else self.strength_of(searched_grid(weight_NK, scheme, importance_K))
+        self.lower, self.upper = nn.Parameter(strength), nn.Parameter(strength.clone())
+
+    def strength_of(self, grid: Grid) -> Tensor:
+        """The strength of both ends that gives each group the scale of a narrower grid; at most the wide one's."""
+        whole = make_grid(self.low_R1, self.high_R1, self.scheme).scale
+        return (grid.scale / whole).logit(eps=1e-6).clamp_max(START)
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """Lowest and highest value that the grid spans, [R, 1] each."""

@@ -23,6 +23,7 @@ from bitpress.engine.methods.quantize.binary import (
     nearest,
     unified,
     uniform_planes,
+    weighted_mean,
 )  # fmt: skip
 from bitpress.engine.methods.quantize.learned import LevelSum, Reshape
 from bitpress.engine.methods.quantize.pipeline import ClipSearch, search_grid
@@ -67,17 +68,18 @@ class UniQuanF(BlockMethod):
         """The unified start, or the best of three starts."""
         if scheme.weights is None:
             raise ValueError("uniquanf was given a scheme without weights")
-        return UnifiedWeight(weight_NK, scheme.weights, options)
+        return UnifiedWeight(weight_NK, scheme.weights, options, stats.get("second_moment"))
 
 
-def first_planes(groups_Rg: Tensor, bits: int, options: UniQuanFOptions) -> Planes:
+def first_planes(groups_Rg: Tensor, bits: int, options: UniQuanFOptions, importance_Rg: Tensor | None) -> Planes:
     """Alphas and shift before the first step (METHODS 1.3, 1.8)."""
-    planes = unified(groups_Rg, bits, options.rounds, options.candidates)
+    planes = unified(groups_Rg, bits, options.rounds, options.candidates, importance_Rg)
     if options.start == "unified":
         return planes
-    grid = search_grid(groups_Rg, WeightScheme(bits=bits, group_size=0), ClipSearch())
-    shifted = alternate(groups_Rg, greedy(groups_Rg, bits, groups_Rg.mean(dim=1, keepdim=True)), options.rounds, fit_shift=True)
-    return best_of(groups_Rg, planes, uniform_planes(grid, bits), shifted.planes)
+    grid = search_grid(groups_Rg, WeightScheme(bits=bits, group_size=0), ClipSearch(), importance_Rg)
+    shifted = greedy(groups_Rg, bits, weighted_mean(groups_Rg, importance_Rg), importance_Rg)
+    shifted = alternate(groups_Rg, shifted, options.rounds, fit_shift=True, importance_Rg=importance_Rg)
+    return best_of(groups_Rg, (planes, uniform_planes(grid, bits), shifted.planes), importance_Rg)
 
 
 class UnifiedWeight(LearnedWeight):
@@ -87,10 +89,10 @@ class UnifiedWeight(LearnedWeight):
     steps too: shift = -offset * scale.
     """
 
-    def __init__(self, weight_NK: Tensor, scheme: WeightScheme, options: UniQuanFOptions) -> None:
+    def __init__(self, weight_NK: Tensor, scheme: WeightScheme, options: UniQuanFOptions, importance_K: Tensor | None) -> None:
         super().__init__()
         self.options, self.bits = options, scheme.bits
-        planes = fit_rows(weight_NK, scheme.group_size, lambda groups_Rg: first_planes(groups_Rg, scheme.bits, options))
+        planes = fit_rows(weight_NK, scheme.group_size, lambda *groups: first_planes(groups[0], scheme.bits, options, groups[1]), importance_K)
         scale = planes.alphas.sum(dim=1, keepdim=True).mul_(2 / (2**scheme.bits - 1))
         scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)
         self.reshape = Reshape(weight_NK, scheme.group_size, scale)

@@ -155,3 +155,16 @@ def test_only_binary_formats_are_satisfied() -> None:
     method = registry.get("bcq")
     assert method.satisfies(Scheme(weights=WeightScheme(bits=3, format="bcq")))
     assert not method.satisfies(Scheme(weights=WeightScheme(bits=3)))
+
+
+def test_errors_of_large_inputs_count_more() -> None:
+    weights, moment = groups_of(7, 16, 64), torch.ones(64, dtype=torch.float64)
+    moment[:4] = 100.0
+    method, scheme = registry.get("bcq"), Scheme(weights=WeightScheme(bits=2, group_size=32, format="bcq"))
+    options = method.parse({"by_inputs": True})
+    assert method.needs_for(options) == {"second_moment"} and method.needs_for(method.parse({})) == set()
+    weighed = method.apply(weights, scheme, {"second_moment": moment}, options).weight_NK
+    errors = [float(((made - weights).square() * moment).sum()) for made in (code(weights, 2, 32)[0], weighed)]
+    assert errors[1] < 0.8 * errors[0]
+    same = method.apply(weights, scheme, {"second_moment": torch.full((64,), 3.0)}, options).weight_NK
+    assert torch.allclose(same, code(weights, 2, 32)[0], atol=1e-2)

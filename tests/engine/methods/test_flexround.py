@@ -74,7 +74,8 @@ def test_training_lowers_the_error_of_a_layer(name: str) -> None:
     generator = torch.Generator().manual_seed(5)
     weights = weights_of(5, 32, 64)
     mixing = torch.randn(64, 64, generator=generator) / 8
-    learned = started(weights, name, bits=2, group=32)
+    options = {"start": "wide", "rate": 0.05} if name == "omniquant" else {}
+    learned = started(weights, name, bits=2, group=32, **options)
     fresh = torch.randn(512, 64, generator=generator) @ mixing
     before = output_error(learned, weights, fresh)
     optimiser = torch.optim.Adam(learned.rates())

@@ -143,7 +143,7 @@ def trained_toy(seed: int, bits: int, steps: int = 120) -> tuple[float, float, f
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    planes = fit_rows(weights, 0, lambda groups: alternate(groups, greedy(groups, bits, torch.zeros(len(groups), 1)), 15, False).planes)
+    planes = fit_rows(weights, 0, lambda groups, _: alternate(groups, greedy(groups, bits, torch.zeros(len(groups), 1)), 15, False).planes)
     binary = planes.levels().gather(1, nearest(weights, planes.levels()))
     clipped = dequantize_groups(quantize_groups(weights, scheme, ClipSearch()), scheme)
     return tuple(relative_output_error(made, weights, moment) for made in (learned.eval()().detach(), clipped, binary))
