@@ -360,26 +360,42 @@ def doctor(as_json: Json = False, home: Home = None) -> None:
 
 
 @app.command()
-def bench(what: Annotated[str, typer.Argument(help="kernels or decode")], model: Annotated[str | None, typer.Option("--model", help="For decode.")] = None,
-          quick: Annotated[bool, typer.Option("--quick", help="Under 45 s.")] = False, as_json: Json = False, home: Home = None) -> None:  # fmt: skip
-    """Time the kernels, or the decode loop of a model, on this machine."""
-    if what == "kernels":
-        from bitpress.engine.latency_table import keep
-        from bitpress.kernels.bench import kernel_table
+def bench(what: Annotated[str, typer.Argument(help="kernels, decode or prefill")],
+          model: Annotated[str | None, typer.Option("--model", help="For decode and prefill.")] = None,
+          quick: Annotated[bool, typer.Option("--quick", help="Under 45 s.")] = False,
+          rival_python: Annotated[list[str] | None, typer.Option("--rival-python", help="NAME=PYTHON of a rival, such as llama.cpp=/path/to/python.")] = None,
+          rival_file: Annotated[str | None, typer.Option("--rival-file", help="A GGUF file of the same weights, for llama.cpp.")] = None,
+          as_json: Json = False, home: Home = None) -> None:  # fmt: skip
+    """Time the kernels, or how a model decodes and reads a prompt, on this machine; 1 when figures cannot be true."""
+    from bitpress.engine import rivals
 
-        report = kernel_table(quick)
-        keep(report)
-    elif what == "decode":
-        from bitpress.engine.decode_bench import decode_table
+    pythons, report = rivals.parse(rival_python or []), _bench_report(what, model, quick)
+    if what == "kernels" and pythons:
+        report["rivals"] = [{"shape": [4096, 4096], **rivals.ask("bitsandbytes", pythons, "4096", "4096")}]
+    if what != "kernels" and (pythons or rival_file):
+        from bitpress.engine.decode_bench import with_rival
 
-        report = decode_table(model, quick)
-    else:
-        raise InputError(f"There is no bench '{what}'.", "", "There are `bench kernels` and `bench decode`.")
+        report = with_rival(report, pythons, rival_file)
     if as_json:
         _print_json(report)
-        return
-    keys = [key for key, value in report["rows"][0].items() if not isinstance(value, dict)]
-    _table([tuple(_short(row.get(key)) for key in keys) for row in report["rows"]], tuple(keys))
+    else:
+        keys = [key for key, value in report["rows"][0].items() if not isinstance(value, dict)]
+        _table([tuple(_short(row.get(key)) for key in keys) for row in report["rows"]], tuple(keys))
+    if report.get("problems"):
+        typer.echo("\n".join(report["problems"]), err=True)
+        raise typer.Exit(1)
+
+
+def _bench_report(what: str, model: str | None, quick: bool) -> dict[str, Any]:
+    if what == "kernels":
+        from bitpress.kernels.bench import kernel_table
+
+        return kernel_table(quick)
+    if what in ("decode", "prefill"):
+        from bitpress.engine.decode_bench import decode_table, prefill_table
+
+        return decode_table(model, quick) if what == "decode" else prefill_table(model, quick)
+    raise InputError(f"There is no bench '{what}'.", "", "There are `bench kernels`, `bench decode` and `bench prefill`.")
 
 
 @app.command()

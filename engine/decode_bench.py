@@ -4,13 +4,15 @@ Every side is really packed by rounding to nearest, in memory only. Dense means 
 transformers means the same weights in the loop that everybody has.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
+from bitpress.engine import rivals
 from bitpress.engine.compress import compress
 from bitpress.engine.decode import Decoder
 from bitpress.engine.measure.latency import Plan, measure_latency
@@ -22,6 +24,7 @@ from bitpress.engine.runs import machine
 WIDTHS = (8, 4, 3, 2)
 QUICK_WIDTHS = (4,)
 GROUP = 64
+PROMPT = 512
 DENSE, TRANSFORMERS = "dense", "transformers"
 
 
@@ -59,8 +62,10 @@ class TransformersGenerate:
         return {"loop": "transformers.generate", "step_dtype": dtype, "prefill_dtype": dtype, "kv_dtype": dtype}
 
 
-def decode_table(model_id: str | None = None, quick: bool = False, widths: Sequence[int] = ()) -> dict[str, Any]:
-    """Time every side. `model_id` None: the recommended model where it is installed, else the built-in one. widths: of the packed sides, (): the usual.
+def decode_table(model_id: str | None = None, quick: bool = False, widths: Sequence[int] = (), plan: Plan | None = None) -> dict[str, Any]:
+    """Time every side. `model_id` None: the recommended model where it is installed, else the built-in one.
+
+    widths: of the packed sides, (): the usual. plan: None for the usual one.
 
     Returns `{machine, rows: [{side, model, bits_per_weight_model, bytes, prefill_tokens_per_s, decode_tokens_per_s, ttft_s,
     tpot_p50_s, tpot_p95_s, times_dense, conditions}]}`. Raises InputError for a model that is unknown or not installed.
@@ -68,7 +73,7 @@ def decode_table(model_id: str | None = None, quick: bool = False, widths: Seque
     loaded = load.load(model_id or _default_model())
     widths = widths or (QUICK_WIDTHS if quick else WIDTHS)
     models = {DENSE: loaded.model} | {f"{bits}-bit": compress(loaded, _recipe(loaded.model_id, bits)).model for bits in widths}
-    plan = Plan(prompt=32, new=32, rounds=3, seconds=3.0) if quick else Plan()
+    plan = plan or (Plan(prompt=32, new=32, rounds=3, seconds=3.0) if quick else Plan())
     plan = plan.fitted(loaded.anatomy.context)
     decoders: dict[str, Decoder | TransformersGenerate] = {TRANSFORMERS: TransformersGenerate(loaded.model)}
     decoders |= {side: Decoder(model, loaded.tokenizer, plan.prompt + plan.new) for side, model in models.items()}
@@ -82,6 +87,28 @@ def decode_table(model_id: str | None = None, quick: bool = False, widths: Seque
         rows.append({"side": side, "model": loaded.model_id, "bits_per_weight_model": weights.bits_per_weight_model, "bytes": weights.stored_bytes,
                      **figures, "times_dense": gain, "conditions": {**latency.conditions, **decoders[side].conditions}})  # fmt: skip
     return {"machine": machine.describe(), "rows": rows}
+
+
+def prefill_table(model_id: str | None = None, quick: bool = False, widths: Sequence[int] = ()) -> dict[str, Any]:
+    """The same for a long prompt: 512 tokens, where multiplying is what costs. `times_dense` is of the prefill rates here."""
+    plan = Plan(prompt=PROMPT, new=2, warm_up=1, rounds=5 if quick else 10, seconds=4.0)
+    report = decode_table(model_id, quick, widths, plan)
+    dense = next(row for row in report["rows"] if row["side"] == DENSE)["prefill_tokens_per_s"]
+    for row in report["rows"]:
+        row["times_dense"] = row["prefill_tokens_per_s"] / dense
+    return report
+
+
+def with_rival(report: dict[str, Any], pythons: Mapping[str, str], gguf: str | None) -> dict[str, Any]:
+    """The report with llama.cpp's row on the same plan, or the reason why there is none."""
+    conditions = report["rows"][0]["conditions"]
+    if gguf is None:
+        asked: dict[str, Any] = {"rival": "llama.cpp", "skipped": "no GGUF file of these weights was named (--rival-file FILE)"}
+    else:
+        asked = rivals.ask("llama.cpp", pythons, gguf, str(conditions["prompt"]), str(conditions["new"]))
+    if "skipped" in asked:
+        return {**report, "skipped": {asked["rival"]: asked["skipped"]}}
+    return {**report, "rows": [*report["rows"], {"side": asked.pop("rival"), "conditions": {**conditions, "file": Path(gguf or "").name}, **asked}]}
 
 
 def _default_model() -> str:
