@@ -16,12 +16,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("cpu_lowbit.cpp", "cpu_table.cpp", "cpu_binary.cpp", "cpu_sparse.cpp", "cpu_step.cpp", "cpu_stream.cpp")
-)
+SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}.cpp") for name in ("lowbit", "table", "binary", "sparse", "panel", "step", "stream"))
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu_bf16.h", "cpu_rows.h", "cpu_lanes.h"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
 BUILD_SECONDS = 180
+PANEL_ROWS = 24  # from here on making a weight bfloat16 once costs less than multiplying its code for every row
 _reason = ""
 _building = threading.Lock()
 
@@ -38,6 +37,12 @@ def library() -> ctypes.CDLL | None:
     """
     with _building:
         return _library()
+
+
+def panels(rows: int, dtype: object) -> bool:
+    """Whether so many rows of inputs of a torch type are to meet bfloat16 panels of weights (`cpu_panel.cpp`) rather than codes."""
+    lib = library() if rows >= PANEL_ROWS and str(dtype) == "torch.bfloat16" else None
+    return lib is not None and bool(lib.bitpress_has_panels())
 
 
 @functools.cache
@@ -99,6 +104,14 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.bitpress_binary.argtypes = [*rows, number, number, address, address, address, number]
     lib.bitpress_bitmap.argtypes = [*rows, address, address, address, number]
     lib.bitpress_two_four.argtypes = [*rows, address, address, number]
+    lib.bitpress_has_panels.restype = number
+    if lib.bitpress_has_panels():
+        panel: list[Any] = [address, address, *[number] * 3]  # x, y, rows, inputs, outputs
+        lib.bitpress_panel_linear.argtypes = [*panel, number, number, address, address, address, number, number]
+        lib.bitpress_panel_table.argtypes = [*panel, number, address, address, address, number]
+        lib.bitpress_panel_binary.argtypes = [*panel, number, number, address, address, address, number]
+        lib.bitpress_panel_linear.restype = number
+        lib.bitpress_panel_table.restype = lib.bitpress_panel_binary.restype = None
     size = ctypes.c_size_t
     lib.bitpress_read.argtypes, lib.bitpress_read.restype = [address, size, number], ctypes.c_uint64
     lib.bitpress_copy.argtypes, lib.bitpress_copy.restype = [address, address, size, number], None

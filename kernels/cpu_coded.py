@@ -50,7 +50,8 @@ class TableTiles:
 
     def matmul(self, x_MK: Tensor) -> Tensor:
         """x_MK: bfloat16 or float32, contiguous. Returns [M, N] in its type."""
-        return _call("bitpress_table", x_MK, self.shape, (self.group, self.words.data_ptr(), self.scales.data_ptr(), self.levels.data_ptr()))
+        parts = (self.group, self.words.data_ptr(), self.scales.data_ptr(), self.levels.data_ptr())
+        return _call("bitpress_table", x_MK, self.shape, parts, panel="bitpress_panel_table")
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +72,7 @@ class BinaryTiles:
     def matmul(self, x_MK: Tensor) -> Tensor:
         """x_MK: bfloat16 or float32, contiguous. Returns [M, N] in its type."""
         parts = (self.signs.data_ptr(), self.alphas.data_ptr(), self.shifts.data_ptr())
-        return _call("bitpress_binary", x_MK, self.shape, (self.alphas.shape[2], self.group, *parts))
+        return _call("bitpress_binary", x_MK, self.shape, (self.alphas.shape[2], self.group, *parts), panel="bitpress_panel_binary")
 
     @property
     def nbytes(self) -> int:
@@ -137,12 +138,16 @@ class TwoFourCodes:
         return self.stored.nbytes + self.places.nbytes
 
 
-def _call(name: str, x_MK: Tensor, shape: tuple[int, int], rest: tuple[int, ...]) -> Tensor:
+def _call(name: str, x_MK: Tensor, shape: tuple[int, int], rest: tuple[int, ...], panel: str = "") -> Tensor:
+    """Run a kernel of the library. panel: the one for many rows, where there is one."""
     lib = cpu_build.library()
     if lib is None:
         raise RuntimeError(cpu_build.why_not())
     outputs, inputs = shape
     out = torch.empty(len(x_MK), outputs, dtype=x_MK.dtype)
+    if panel and cpu_build.panels(len(x_MK), x_MK.dtype):
+        getattr(lib, panel)(x_MK.data_ptr(), out.data_ptr(), len(x_MK), inputs, outputs, *rest, torch.get_num_threads())
+        return out
     getattr(lib, name)(x_MK.data_ptr(), out.data_ptr(), x_MK.dtype == torch.bfloat16, len(x_MK), inputs, outputs, *rest, torch.get_num_threads())
     return out
 

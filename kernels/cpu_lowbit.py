@@ -30,7 +30,7 @@ class Tiles:
 
     def matmul(self, x_MK: Tensor) -> Tensor:
         """x_MK: bfloat16 or float32. Returns [M, N] in its dtype."""
-        return linear(x_MK, self)
+        return panel_linear(x_MK, self) if cpu_build.panels(len(x_MK), x_MK.dtype) else linear(x_MK, self)
 
     def rounded_matmul(self, x_MK: Tensor, bits: int) -> Tensor:
         """The same with x rounded to 8 or 4 bits, one symmetric scale a row: half the dot products."""
@@ -102,3 +102,17 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None = None, activation_bits:
         tiles.zeros is not None and tiles.zeros.dtype == torch.bfloat16, 0 if bias is None else bias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out.view(*x.shape[:-1], outputs)
+
+
+def panel_linear(x_MK: Tensor, tiles: Tiles) -> Tensor:
+    """Many rows of bfloat16 x [M, K], contiguous, times the matrix through bfloat16 panels: [M, N]."""
+    lib = cpu_build.library()
+    if lib is None:
+        raise RuntimeError(cpu_build.why_not())
+    outputs, inputs = tiles.shape
+    out = torch.empty(len(x_MK), outputs, dtype=torch.bfloat16)
+    lib.bitpress_panel_linear(
+        x_MK.data_ptr(), out.data_ptr(), len(x_MK), inputs, outputs, tiles.bits, tiles.group, tiles.codes.data_ptr(), tiles.scales.data_ptr(),
+        0 if tiles.zeros is None else tiles.zeros.data_ptr(), tiles.zeros is not None and tiles.zeros.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    return out

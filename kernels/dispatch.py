@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bitpress.kernels import cpu, cpu_coded, cpu_lowbit
+from bitpress.kernels import cpu, cpu_build, cpu_coded, cpu_lowbit
 from bitpress.kernels.layout import DenseLayout, Layout, PairLayout, UniformLayout
 
 LOWBIT, INT4, INT4_SPLIT, INT8, DEQUANTIZE = "C++ low-bit", "int4 pack", "int4 pack, two nibbles", "int8 pack", "dequantize"
@@ -20,6 +20,7 @@ CODED = {
     "2:4": (TWO_FOUR, "picks the two inputs of every four that have weights"),
 }
 CODED_MAX_BATCH = 64
+PANELS = "C++ kernel: makes 32 rows of weights bfloat16 at a time and multiplies all inputs by them"
 # Rows of activations up to which the pack ops beat dequantise and multiply. A row costs them 0.04 ns a weight and dequantising
 # costs 1.6 ns a weight once (one AVX-512 core at 2.5 GHz), so the crossover lies near 64 for every width.
 PACK_MAX_BATCH = 64
@@ -54,9 +55,10 @@ def _choose_coded(layout: cpu_coded.CodedLayout, shape: tuple[int, int], device:
     """Tables, binary codes, zeros that are not stored: the C++ kernels, or none."""
     kernel, how = CODED[layout.name]
     refusal = f"there is no packed kernel for {device} yet" if device != "cpu" else cpu_coded.refusal(layout, dtype, shape[1])
-    if not refusal and batch > CODED_MAX_BATCH:
+    panels = layout.name in ("table", "binary") and cpu_build.panels(batch, dtype)
+    if not refusal and batch > CODED_MAX_BATCH and not panels:
         refusal = f"above {CODED_MAX_BATCH} rows of inputs one matmul of dequantised weights is faster"
-    return Choice(DEQUANTIZE, f"dequantise and multiply: {refusal}") if refusal else Choice(kernel, f"C++ kernel: {how}")
+    return Choice(DEQUANTIZE, f"dequantise and multiply: {refusal}") if refusal else Choice(kernel, PANELS if panels else f"C++ kernel: {how}")
 
 
 def _choose_rounded(layout: UniformLayout, shape: tuple[int, int], device: torch.device | str, dtype: torch.dtype, batch: int, bits: int) -> Choice:
@@ -77,7 +79,7 @@ def _choose_pair(layout: PairLayout, shape: tuple[int, int], device: torch.devic
 def _choose_uniform(layout: UniformLayout, shape: tuple[int, int], device: torch.device | str, dtype: torch.dtype, batch: int) -> Choice:
     slow = _refuse_lowbit(layout, shape, torch.device(device).type, dtype, batch)
     if slow is None:
-        return Choice(LOWBIT, f"C++ kernel: reads {layout.bits}-bit codes as they are and multiplies in integers")
+        return Choice(LOWBIT, PANELS if cpu_build.panels(batch, dtype) else f"C++ kernel: reads {layout.bits}-bit codes as they are and multiplies in integers")
     choice = _choose_ready(layout, shape, device, dtype, batch)
     return Choice(choice.kernel, f"{choice.reason}; {slow}" if torch.device(device).type == "cpu" else choice.reason)
 
@@ -104,7 +106,7 @@ def _refuse_lowbit(layout: UniformLayout, shape: tuple[int, int], device: str, d
         return f"the C++ kernels run on a CPU, not on {device}"
     if dtype not in (torch.bfloat16, torch.float32):
         return f"the C++ kernels take bfloat16 and float32 inputs, not {str(dtype).removeprefix('torch.')}"
-    if dtype == torch.bfloat16 and batch > PACK_MAX_BATCH:
+    if dtype == torch.bfloat16 and batch > PACK_MAX_BATCH and not cpu_build.panels(batch, dtype):
         return f"above {PACK_MAX_BATCH} rows a bfloat16 matmul is faster than the C++ kernels"
     return cpu_lowbit.refusal(layout.bits, layout.group_size, shape[1]) or None
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitpress.kernels import cpu_build, cpu_lowbit, dispatch, reference
-from bitpress.kernels.layout import BITS, UniformLayout
+from bitpress.kernels.layout import BITS, BinaryLayout, TableLayout, UniformLayout, words_of
 from bitpress.kernels.packed import PackedLinear
 
 pytestmark = pytest.mark.skipif(cpu_build.library() is None, reason=f"no compiled library: {cpu_build.why_not()}")
@@ -69,11 +69,30 @@ def test_packed_layers_run_on_it(packed, layout: UniformLayout, rows: int, dtype
     assert relative(linear(x), wanted) <= 2 * dense
 
 
-def test_large_bf16_batches_and_other_types_go_elsewhere(packed) -> None:
+def test_large_bf16_batches_meet_panels_where_there_are_any(packed) -> None:
     linear = PackedLinear(packed((32, 64), UniformLayout(4)))
-    assert "above 64 rows" in linear.kernel_for(65, torch.bfloat16).reason
-    assert "float16" in linear.kernel_for(1, torch.float16).reason
-    assert linear.kernel_for(65, torch.bfloat16).kernel == linear.kernel_for(1, torch.float16).kernel == dispatch.DEQUANTIZE
+    choice = linear.kernel_for(65, torch.bfloat16)
+    assert ("32 rows of weights" if cpu_build.panels(65, torch.bfloat16) else "above 64 rows") in choice.reason
+    assert "float16" in linear.kernel_for(1, torch.float16).reason and linear.kernel_for(1, torch.float16).kernel == dispatch.DEQUANTIZE
+
+
+PANEL_LAYOUTS = (*(UniformLayout(bits) for bits in BITS), UniformLayout(4, 0, True), UniformLayout(3, 32, zero="float"), TableLayout("nf4", 16),
+                 TableLayout("fp4", 0, True), BinaryLayout(1), BinaryLayout(3, 32), BinaryLayout(4, 0))  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", PANEL_LAYOUTS, ids=words_of)
+@pytest.mark.parametrize(("shape", "rows"), [((33, 72), 24), ((100, 288), 67), ((8, 40), 130), ((192, 576), 29)])
+def test_panels_are_a_dense_bf16_product(packed, layout, shape: tuple[int, int], rows: int) -> None:
+    """The weights are the oracle's to the bit and sums are float32: only the order of adding differs from a dense product."""
+    if not cpu_build.panels(rows, torch.bfloat16):
+        pytest.skip("this processor has no bfloat16 dot products")
+    matrix = packed(shape, layout)
+    linear, x = PackedLinear(matrix), (torch.randn(rows, shape[1]) + 0.5).bfloat16()
+    assert linear.kernel_for(rows).kernel != dispatch.DEQUANTIZE
+    exact = x.double() @ reference.dequantize(matrix, torch.bfloat16).double().T
+    assert relative(linear(x), exact) < 2**-8 and torch.equal(linear(x), linear(x))
+    x[3, 5] = float("nan")
+    assert linear(x)[3].isnan().all() and linear(x)[4:].isfinite().all()
 
 
 def test_symmetric_codes_need_no_zeros_and_bias_is_added() -> None:
