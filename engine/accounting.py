@@ -123,7 +123,9 @@ def _bytes_of(part: Part, layout: Layout) -> int:
 
 
 def _stored(part: Part, scheme: Scheme, itemsize: int) -> int:
-    return _bytes_of(part, layout_of(settled(scheme, part, itemsize), itemsize))
+    done = settled(scheme, part, itemsize)
+    bias = itemsize * part.out_features if done.rank and done.rank.bias and not part.bias else 0
+    return bias + _bytes_of(part, layout_of(done, itemsize))
 
 
 def size_of(recipe: Recipe, anatomy: Anatomy) -> Size:

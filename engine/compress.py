@@ -270,7 +270,15 @@ def finished(module: nn.Module, job: LayerJob, dense_NK: Tensor, outcome: Outcom
     if outcome.factors:
         assert isinstance(content, PackedTensor)
         made_NK = dequantize(content)
-    return StoredLayer(job.part.name, content, job.method, relative_error(dense_NK, made_NK))
+    return StoredLayer(job.part.name, content, job.method, relative_error(dense_NK, made_NK), _with_bias(module, outcome.bias_N, dtype))
+
+
+def _with_bias(module: nn.Module, added_N: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The layer's bias with what a method adds to it; None where nothing is added."""
+    if added_N is None:
+        return None
+    own_N = _bias(module)
+    return (added_N if own_N is None else own_N.detach().float() + added_N).to(dtype)
 
 
 def stored_form(outcome: Outcome, layout: Layout, dtype: torch.dtype) -> PackedTensor | Tensor:
@@ -322,8 +330,9 @@ def install(model: nn.Module, job: LayerJob, stored: StoredLayer) -> tuple[str, 
         return "dense", DENSE_REASON
     if isinstance(module, nn.Embedding):
         return _install_embedding(model, job.place, module, stored.content)
+    bias_N = _bias(module) if stored.bias_N is None else stored.bias_N
     rounding = job.scheme.activations
-    packed = PackedLinear(stored.content, _bias(module), *((rounding.bits, rounding.outliers) if rounding else ()))
+    packed = PackedLinear(stored.content, bias_N, *((rounding.bits, rounding.outliers) if rounding else ()))
     surgery.replace(model, job.place, packed)
     return packed.kernel, packed.reason
 

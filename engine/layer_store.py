@@ -26,6 +26,7 @@ from bitpress.kernels.layout import DenseLayout, Layout, layout_from_dict, layou
 
 LAYER_VERSION = 1
 DENSE = "weight"  # the one tensor of a layer that is stored dense
+BIAS = "bias"
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,18 @@ class StoredLayer:
     content: PackedTensor | Tensor
     method: str
     error: float
+    bias_N: Tensor | None = None  # in place of the layer's own
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes of the matrix."""
-        return self.content.nbytes
+        """Stored bytes of the matrix, and of a bias that belongs to it."""
+        return self.content.nbytes + (0 if self.bias_N is None else self.bias_N.nbytes)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the file."""
-        return self.content.tensors if isinstance(self.content, PackedTensor) else {DENSE: self.content}
+        held = self.content.tensors if isinstance(self.content, PackedTensor) else {DENSE: self.content}
+        return held if self.bias_N is None else {**held, BIAS: self.bias_N}
 
     @property
     def layout(self) -> Layout:
@@ -107,9 +110,9 @@ class LayerStore:
             raise _mismatch(layer, changed)
         if record["sha256"] != _digest(tensors):
             raise _damaged(path, "Its bytes are not those that were written.")
-        layout, shape = layout_from_dict(record["layout"]), tuple(record["shape"])
+        layout, shape, bias_N = layout_from_dict(record["layout"]), tuple(record["shape"]), tensors.pop(BIAS, None)
         content = tensors[DENSE] if isinstance(layout, DenseLayout) else PackedTensor(layout, shape, tensors)
-        return StoredLayer(layer, content, record["method"], record["error"])
+        return StoredLayer(layer, content, record["method"], record["error"], bias_N)
 
     def check(self, layers: Iterable[str]) -> None:
         """Raises BitpressError when a file here is of a layer that the recipe does not change: the run was of another recipe."""

@@ -120,6 +120,7 @@ class RankScheme(Strict):
     """A matrix as a product of two of inner size r: a share `keep` of the break-even rank, or the very `rank`.
 
     factors: their own widths, else they are as `weights` says. Where a product would not be smaller than the matrix, the matrix stays whole.
+    bias: what the factors lose of the mean output is stored beside them, one number an output.
     latent: above 0 the KV cache holds what is between the factors, so the matrix is factored at any rank, in this many runs of rows by itself.
     """
 
@@ -127,6 +128,7 @@ class RankScheme(Strict):
     rank: Rank | None = None
     factors: WeightScheme | None = None
     latent: Annotated[Whole, Field(ge=0)] = 0
+    bias: StrictBool = False
 
     @model_validator(mode="after")
     def _one_size(self) -> "RankScheme":

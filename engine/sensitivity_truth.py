@@ -52,7 +52,7 @@ class Prefixes:
         self.dense: list[list[Tensor]] = []
         self.log_sums: list[list[Tensor]] = []
         for ids_BL, x_BLd in zip(self.ids, self.states[-1], strict=True):
-            logits = [part.to(self.dtype) for part in self._logits(ids_BL, x_BLd)]
+            logits = [part.to(self.dtype) for part in self.logits(ids_BL, x_BLd)]
             self.dense.append(logits)
             self.log_sums.append([part.float().logsumexp(-1) for part in logits])
 
@@ -71,7 +71,7 @@ class Prefixes:
             x_BLd = self.states[block][number]
             for index in range(block, len(self.blocks)):
                 x_BLd = self.through(index, x_BLd)
-            total += self._divergence(number, self._logits(ids_BL, x_BLd))
+            total += self._divergence(number, self.logits(ids_BL, x_BLd))
             count += ids_BL.numel()
         return max(0.0, total / count)
 
@@ -97,7 +97,7 @@ class Prefixes:
         finally:
             self.states[block + 1] = kept
 
-    def _logits(self, ids_BL: Tensor, x_BLd: Tensor) -> Iterator[Tensor]:
+    def logits(self, ids_BL: Tensor, x_BLd: Tensor) -> Iterator[Tensor]:
         """Logits of all positions, a slice at a time: the model's own forward with every block stood in for, the last one by these states."""
         with self._standing_in((x_BLd, *self.rest) if self.in_tuple else x_BLd):
             hidden_PD = self.scorer.hidden(ids_BL).flatten(0, 1)

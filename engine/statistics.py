@@ -95,7 +95,51 @@ class Peak:
         return _mean(self.most_K, 1)
 
 
-STATISTICS: dict[str, Callable[[], Statistic]] = {"second_moment": SecondMoment, "gram": Gram, "mean_abs": MeanAbs, "peak": Peak}
+class Mean:
+    """E[x_j] of every input j: float64 [K]."""
+
+    def __init__(self) -> None:
+        self.total_K: Tensor | None = None
+        self.rows = 0
+
+    def add(self, x_MK: Tensor) -> None:
+        """Add M rows."""
+        total_K = x_MK.sum(dim=0, dtype=torch.float64)
+        self.total_K = total_K if self.total_K is None else self.total_K.add_(total_K)
+        self.rows += len(x_MK)
+
+    def result(self) -> Tensor:
+        """The mean of each input. Raises ValueError when no row came."""
+        return _mean(self.total_K, self.rows)
+
+
+class PooledCovariance:
+    """Covariance of every pair of inputs within the rows that come together, averaged over such groups (METHODS 9.1): float64 [K, K]."""
+
+    def __init__(self) -> None:
+        self.total_KK: Tensor | None = None
+        self.groups = 0
+
+    def add(self, x_MK: Tensor) -> None:
+        """Add a group of M rows, centred on its own mean."""
+        centred = x_MK.float() - x_MK.float().mean(dim=0)
+        covariance_KK = (centred.t() @ centred).double() / len(x_MK)
+        self.total_KK = covariance_KK if self.total_KK is None else self.total_KK.add_(covariance_KK)
+        self.groups += 1
+
+    def result(self) -> Tensor:
+        """The mean over groups. Raises ValueError when no row came."""
+        return _mean(self.total_KK, self.groups)
+
+
+STATISTICS: dict[str, Callable[[], Statistic]] = {
+    "second_moment": SecondMoment,
+    "gram": Gram,
+    "mean_abs": MeanAbs,
+    "peak": Peak,
+    "mean": Mean,
+    "pooled_covariance": PooledCovariance,
+}
 
 
 def _mean(total: Tensor | None, rows: int) -> Tensor:

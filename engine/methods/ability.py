@@ -19,6 +19,7 @@ class Ability(BaseModel):
     patterns: tuple[str, ...] = ()  # patterns of zeros, for sparsity
     factors: bool = True  # whether it can be given each factor of a low-rank matrix, where it gives weights
     latent: bool = False  # low rank of those matrices only whose middle the KV cache holds
+    bias: bool = False  # whether it gives the bias that a rank can ask for
     also: Literal["weights"] | None = None  # a second part, given in the same pass unless a later stage gives it
 
     def satisfies(self, scheme: Scheme) -> bool:
@@ -30,7 +31,7 @@ class Ability(BaseModel):
             return scheme.weights is not None and self._makes(scheme.weights) and (self.factors or scheme.rank is None)
         if self.part == "sparsity":
             return scheme.sparsity is not None and scheme.sparsity.pattern in self.patterns
-        return not self.latent or (scheme.rank is not None and scheme.rank.latent > 0)
+        return scheme.rank is not None and (not self.latent or scheme.rank.latent > 0) and (self.bias or not scheme.rank.bias)
 
     def also_satisfies(self, scheme: Scheme) -> bool:
         """True when the scheme asks for the second part with a value that the method has."""

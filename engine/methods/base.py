@@ -43,6 +43,7 @@ class Outcome(NamedTuple):
     packed: PackedTensor | None = None
     notes: tuple[str, ...] = ()
     factors: tuple["Outcome", "Outcome"] | None = None
+    bias_N: Tensor | None = None  # added to the layer's own
 
 
 class Method(ABC):

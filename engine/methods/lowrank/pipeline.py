@@ -102,7 +102,10 @@ class FactorMethod(LinearMethod):
         parts = [self.factor(rows_nK, rank // runs, stats, options) for rows_nK in weight_NK.chunk(runs)]
         factors = Factors(torch.block_diag(*(part.left_NR for part in parts)), torch.cat([part.right_RK for part in parts]))
         left, right = (rounded(factor, scheme.weights) for factor in factors)
-        return product(left, right)
+        made = product(left, right)
+        if scheme.rank is None or not scheme.rank.bias:
+            return made
+        return made._replace(bias_N=((weight_NK - made.weight_NK).double() @ stats["mean"]).float())
 
 
 def rank_of(weight_NK: Tensor, scheme: Scheme) -> int:
@@ -133,7 +136,8 @@ def act(method: LinearMethod, outcome: Outcome, scheme: Scheme, stats: Statistic
     left, right = outcome.factors
     alone = scheme.model_copy(update={"rank": None})
     right = method.apply(right.weight_NK, alone, stats, options)
-    return product(method.apply(left.weight_NK, alone, _behind(right.weight_NK, stats, method, options), options), right)
+    left = method.apply(left.weight_NK, alone, _behind(right.weight_NK, stats, method, options), options)
+    return product(left, right)._replace(bias_N=outcome.bias_N)
 
 
 def _behind(right_RK: Tensor, stats: Statistics, method: LinearMethod, options: Any) -> Statistics:

@@ -1,0 +1,39 @@
+"""Ranks of a latent KV cache that fall from the first block to the last, from condition numbers (METHODS 4.1). Knows numbers; no weights.
+
+An error in block l passes through all blocks after it, so the product of their condition numbers says how much it may grow: early
+blocks keep more. d_l = d_max (1 - (max - log k_l) / (max - min) (1 - d_min / d_max)), k_l the product from block l on.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from math import log
+
+from bitpress.engine.errors import InputError
+
+FLOOR = 1e-6  # smallest singular value, as a share of the largest, that is believed
+
+
+def progressive_ranks(conditions: Sequence[float], width: int, keep: float, least: float = 0.5, runs: int = 1) -> tuple[int, ...]:
+    """A rank a block, together `keep` of all blocks' width, rounded down.
+
+    conditions: a block's cond(W_k) * cond(W_v). least: d_min over d_max. runs: ranks are multiples of this, such as one a head.
+    Raises InputError for a share that leaves less than one number a run.
+    """
+    logs = [log(min(condition, FLOOR**-2)) for condition in conditions]
+    sums = list(accumulate(reversed(logs)))[::-1]
+    spread = max(sums) - min(sums) or 1.0
+    shares = [1 - (max(sums) - value) / spread * (1 - least) for value in sums]
+    budget = keep * width * len(shares)
+    low, high = 0.0, width / least
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(_ranks(shares, middle, width, runs)) <= budget else (low, middle)
+    found = _ranks(shares, low, width, runs)
+    if not all(found):
+        why = f"Some block would keep none of its {width} numbers."
+        raise InputError(f"No ranks keep {keep:.1%} of the cache.", why, "Keep more, or set `least` nearer to 1.")
+    return tuple(found)
+
+
+def _ranks(shares: Sequence[float], most: float, width: int, runs: int) -> list[int]:
+    return [runs * int(min(width, share * most) / runs + 1e-9) for share in shares]

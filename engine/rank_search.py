@@ -1,0 +1,247 @@
+"""Which ranks to give which roles: Bayesian optimisation of a few keep ratios on a short text (METHODS 9.1, 9.3). Knows models; writes recipe lines.
+
+One ratio for q and k, one each for o, gate, up and down, over all blocks (5x1) or over each quarter of them (5x4). Values are
+left whole. Every proposal is scaled to the wanted share of parameters, so that all allocations tried are of one size. The
+objective is log perplexity plus the divergence of the compressed model from the dense one, log q under q (reverse KL), in nats
+a token. What a proposal shares with one tried before, from the first block up to a quarter, is not computed again.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import optuna
+import torch
+from torch import Tensor, nn
+
+from bitpress.engine.calibrate import walk
+from bitpress.engine.errors import Cancelled, InputError
+from bitpress.engine.methods.lowrank.pipeline import output_moment
+from bitpress.engine.model import surgery
+from bitpress.engine.model.anatomy import Anatomy, Part
+from bitpress.engine.model.load import Loaded
+from bitpress.engine.sensitivity_truth import Prefixes
+
+GROUPS = {"qk": ("q", "k"), "o": ("o",), "gate": ("gate",), "up": ("up",), "down": ("down",)}
+START = {"qk": 0.5, "o": 0.5, "gate": 0.8, "up": 0.8, "down": 0.8}
+LOWEST, STEP = 0.2, 8  # least share of a matrix's parameters; ranks are multiples of this
+QUARTERS = 4
+PREFIXES = 24  # of each batch, the latest ones
+HOPELESS = 2.0  # nats above the best so far at half of the text: the rest is not read
+Ratios = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One allocation tried. objective: nats a token; keep: share of the block linears' parameters; read: share of the text."""
+
+    ratios: Ratios
+    objective: float
+    perplexity: float
+    keep: float
+    read: float = 1.0
+
+
+class Space:
+    """The ratios of a model, and what they mean in ranks."""
+
+    def __init__(self, anatomy: Anatomy, spans: int) -> None:
+        """spans: 1 for one ratio a role over all blocks, 4 for one a quarter."""
+        self.anatomy, self.spans = anatomy, spans
+        self.parts: dict[str, list[Part]] = {}
+        for part in anatomy.linears:
+            if group := next((name for name, roles in GROUPS.items() if part.role in roles), None):
+                self.parts.setdefault(f"{group}-{self.span_of(part.block or 0)}", []).append(part)
+        if not self.parts:
+            raise InputError("There is nothing to search for.", "The model has none of the roles q, k, o, gate, up and down.", "Set ranks by hand.")
+
+    def span_of(self, block: int) -> int:
+        """Which span of blocks a block is in."""
+        return block * self.spans // self.anatomy.blocks
+
+    def rank(self, part: Part, ratio: float) -> int:
+        """The rank of a matrix that keeps this share of its parameters, a multiple of 8; 0 where it stays whole."""
+        breaks = part.numel / (part.out_features + part.in_features)
+        rank = max(STEP, round(ratio * breaks / STEP) * STEP)
+        return 0 if rank >= breaks else min(rank, part.out_features, part.in_features)
+
+    def keep(self, ratios: Ratios) -> float:
+        """Share of the block linears' parameters that an allocation keeps."""
+        lost = 0
+        for name, parts in self.parts.items():
+            for part in parts:
+                rank = self.rank(part, ratios[name])
+                lost += part.numel - rank * (part.out_features + part.in_features) if rank else 0
+        return 1 - lost / self.anatomy.linear_params
+
+    def scaled(self, ratios: Ratios, target: float) -> Ratios:
+        """The same proportions at the wanted share. Raises InputError for a share that no ratios of at least 0.2 meet."""
+        least = self.keep(dict.fromkeys(ratios, LOWEST))
+        if not least <= target <= 1:
+            why = f"These roles can be cut to {least:.0%}, values being left whole."
+            raise InputError(f"No ranks keep {target:.0%} of the parameters.", why, f"Ask for {least:.0%} to 100%.")
+        low, high = 0.0, 1 / min(ratios.values())
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.keep(_clipped(ratios, middle)) <= target else (low, middle)
+        return _clipped(ratios, low)
+
+    def lines(self, ratios: Ratios) -> list[dict[str, Any]]:
+        """An allocation as lines of a recipe's `schemes`, for `method: bolaco`."""
+        found = []
+        for name, parts in self.parts.items():
+            for role in dict.fromkeys(part.role for part in parts):
+                first, *_, last = blocks = [part.block for part in parts if part.role == role] * 2
+                rank = self.rank(next(part for part in parts if part.role == role), ratios[name])
+                match = f"role:{role}" if len(blocks) == 2 * self.anatomy.blocks else f"role:{role} & blocks:{first}-{last}"
+                found += [{"match": match, "rank": {"rank": rank, "bias": True}}] if rank else []
+        return found
+
+
+def _clipped(ratios: Ratios, scale: float) -> Ratios:
+    return {name: min(1.0, max(LOWEST, scale * ratio)) for name, ratio in ratios.items()}
+
+
+@dataclass
+class Projected:
+    """A matrix with all principal directions of its outputs at hand: any rank is a product away."""
+
+    module: nn.Linear
+    weight_NK: Tensor
+    basis_NN: Tensor  # float32, the first column varies most
+    mean_N: Tensor  # of the outputs
+
+    def at(self, rank: int) -> tuple[Tensor, Tensor]:
+        """(weight, bias) of the matrix on its first directions."""
+        basis_NR = self.basis_NN[:, :rank]
+        made_NK = basis_NR @ (basis_NR.t() @ self.weight_NK)
+        return made_NK, self.mean_N - basis_NR @ (basis_NR.t() @ self.mean_N)
+
+
+def projected(loaded: Loaded, ids_SL: Tensor, names: list[str], should_stop: Callable[[], bool]) -> dict[str, Projected]:
+    """Directions of these layers' outputs on the dense model (METHODS 9.1)."""
+    found: dict[str, Projected] = {}
+
+    def keep(_: int, stats: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for name, known in stats.items():
+            module = surgery.get(loaded.model, name)
+            weight_NK = surgery.linear_weight(module).detach().float()
+            _, vectors_NN = torch.linalg.eigh(output_moment(weight_NK, known["pooled_covariance"]))
+            found[name] = Projected(module, weight_NK, vectors_NN.flip(1).float(), (weight_NK.double() @ known["mean"]).float())  # type: ignore[arg-type]
+
+    requests = {name: {"mean", "pooled_covariance"} for name in names}
+    walk(loaded.model, loaded.anatomy, ids_SL, requests, keep, sequential=False, should_stop=should_stop)
+    return found
+
+
+@dataclass
+class Objective:
+    """Allocations judged on one text, prefixes of earlier ones kept."""
+
+    space: Space
+    layers: dict[str, Projected]
+    text: Prefixes
+    kept: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def judge(self, ratios: Ratios, best: float) -> Trial:
+        """The objective of an allocation; on half of the text only where that is far above `best`."""
+        ranks = {part.name: self.space.rank(part, ratios[name]) for name, parts in self.space.parts.items() for part in parts}
+        with changed(self.layers, ranks):
+            return self._read(ratios, ranks, best)
+
+    def _read(self, ratios: Ratios, ranks: dict[str, int], best: float) -> Trial:
+        nll = divergence = 0.0
+        count, batches = 0, self.text.ids
+        for number, ids_BL in enumerate(batches):
+            losses = _losses(self.text, number, ids_BL, self._through(number, ids_BL, ranks))
+            nll, divergence, count = nll + losses[0], divergence + losses[1], count + ids_BL.shape[0] * (ids_BL.shape[1] - 1)
+            if 2 * (number + 1) >= len(batches) and (nll + divergence) / count > best + HOPELESS:
+                break
+        perplexity = float(torch.tensor(nll / count).exp())
+        return Trial(ratios, (nll + divergence) / count, perplexity, self.space.keep(ratios), (number + 1) / len(batches))
+
+    def _through(self, number: int, ids_BL: Tensor, ranks: dict[str, int]) -> Tensor:
+        blocks = self.space.anatomy.blocks
+        starts = [span * blocks // QUARTERS for span in range(1, QUARTERS)]
+        keys = {start: (number, *(ranks[name] for name in ranks if (self.space.anatomy.by_name[name].block or 0) < start)) for start in starts}
+        known = max((start for start in starts if keys[start] in self.kept), default=0)
+        x_BLd = self.kept[keys[known]] if known else self.text.states[0][number]
+        for index in range(known, blocks):
+            if index in keys and index > known:
+                self.kept[keys[index]] = x_BLd
+                while len(self.kept) > PREFIXES * len(self.text.ids):
+                    del self.kept[next(iter(self.kept))]
+            x_BLd = self.text.through(index, x_BLd)
+        return x_BLd
+
+
+def _losses(text: Prefixes, number: int, ids_BL: Tensor, x_BLd: Tensor) -> tuple[float, float]:
+    """Sums over the predicted positions of a batch: negative log-likelihood, and reverse KL to the dense model."""
+    logq_PV = torch.cat([part.float().log_softmax(-1) for part in text.logits(ids_BL, x_BLd)]).unflatten(0, ids_BL.shape)[:, :-1]
+    logp_PV = torch.cat([part.float().log_softmax(-1) for part in text.dense[number]]).unflatten(0, ids_BL.shape)[:, :-1]
+    nll = -logq_PV.gather(-1, ids_BL[:, 1:, None]).sum()
+    return float(nll), float((logq_PV.exp() * (logq_PV - logp_PV)).sum())
+
+
+@contextmanager
+def changed(layers: dict[str, Projected], ranks: dict[str, int]) -> Iterator[None]:
+    """These layers at these ranks, with their biases, for a while; 0 leaves a layer whole."""
+    before = [(layer.module, layer.module.weight.data, layer.module.bias) for name, layer in layers.items() if ranks[name]]
+    try:
+        for name, layer in layers.items():
+            if ranks[name]:
+                weight_NK, bias_N = layer.at(ranks[name])
+                own, dtype = layer.module.bias, layer.module.weight.dtype
+                layer.module.weight.data = weight_NK.to(dtype)
+                layer.module.bias = nn.Parameter((bias_N if own is None else bias_N + own.float()).to(dtype), requires_grad=False)
+        yield
+    finally:
+        for module, weight, bias in before:
+            module.weight.data, module.bias = weight, bias
+
+
+def search_ranks(
+    loaded: Loaded,
+    ids_SL: Tensor,
+    text_SL: Tensor,
+    keep: float,
+    kind: Literal["5x1", "5x4"] = "5x1",
+    evaluations: int = 50,
+    seed: int = 0,
+    random: bool = False,
+    on_trial: Callable[[Trial], None] = lambda _: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[list[Trial], list[dict[str, Any]]]:
+    """Try `evaluations` allocations; returns them in order, and the best one as recipe lines.
+
+    ids_SL: calibration sequences for the directions. text_SL: others, for the objective. keep: share of the block linears'
+    parameters. random: draw ratios evenly instead, to compare with. Raises InputError for a share that cannot be met.
+    """
+    space = Space(loaded.anatomy, 1 if kind == "5x1" else QUARTERS)
+    start = space.scaled({name: START[name.split("-")[0]] for name in space.parts}, keep)
+    layers = projected(loaded, ids_SL, [part.name for parts in space.parts.values() for part in parts], should_stop)
+    study = _study(seed, random)
+    study.enqueue_trial(start)
+    study.enqueue_trial(dict.fromkeys(start, keep))
+    trials: list[Trial] = []
+    with Prefixes(loaded.model, loaded.anatomy, text_SL, batch=2).open() as text:
+        text.take()
+        text.refer()
+        objective = Objective(space, layers, text)
+        for _ in range(evaluations):
+            if should_stop():
+                raise Cancelled()
+            with torch.inference_mode(False), torch.enable_grad():  # the sampler fits its own model by gradients
+                asked = study.ask()
+                ratios = space.scaled({name: asked.suggest_float(name, LOWEST, 1.0) for name in space.parts}, keep)
+            trials.append(objective.judge(ratios, min((trial.objective for trial in trials), default=float("inf"))))
+            study.tell(asked, trials[-1].objective)
+            on_trial(trials[-1])
+    return trials, space.lines(min(trials, key=lambda trial: trial.objective).ratios)
+
+
+def _study(seed: int, random: bool) -> Any:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.RandomSampler(seed) if random else optuna.samplers.GPSampler(seed=seed, n_startup_trials=6)
+    return optuna.create_study(sampler=sampler)
