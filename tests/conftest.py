@@ -5,6 +5,7 @@ the fixtures only: tests of the torch-free side stay fast.
 """
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 
 from bitpress.engine.home import models_dir
 
+if not shutil.which("nvidia-smi"):  # read once, when Triton is first imported, by whichever module that happens to be
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 INSTALLED = models_dir()  # of the home that the session began with; tests have homes of their own
 VOCAB, HIDDEN, FFN, HEADS, KV_HEADS, BLOCKS, CONTEXT = 320, 64, 128, 4, 2, 3, 128
 
