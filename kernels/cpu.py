@@ -104,7 +104,7 @@ def int4_form(packed: PackedTensor) -> Int4Form:
     """Lay a matrix out for the int4 op. Raises ValueError where `int4_group` finds no group or N is not a multiple of 16.
 
     The op stands for `scale * (code - 8) + zero`. Up to 3 bits, `code - zero + 8` fits a slot, so the zero term vanishes and
-    nothing is lost to its rounding; at 4 bits it is `scale * (8 - zero)`, rounded by `_diffuse`. Wider codes become two 4-bit
+    nothing is lost to its rounding; at 4 bits it is `scale * (8 - zero)`, rounded by `diffuse`. Wider codes become two 4-bit
     matrices: with value v = code - zero + c written as 16 high + low, w = 16s(high - 8) + s(low - 8) + s(136 - c).
     """
     layout, (rows, columns) = packed.uniform, packed.shape
@@ -120,7 +120,7 @@ def int4_form(packed: PackedTensor) -> Int4Form:
         rounded = terms.bfloat16().float()  # what rounding loses of it goes into the second slot
         pairs = torch.stack((torch.cat((16 * scales_NG, scales_NG), 1), torch.cat((rounded, terms - rounded), 1)), dim=-1)
     else:
-        codes, pairs = values_NK, torch.stack((scales_NG, _diffuse(scales_NG * zeros_NG)), dim=-1)
+        codes, pairs = values_NK, torch.stack((scales_NG, diffuse(scales_NG * zeros_NG)), dim=-1)
     op_codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     return Int4Form(op_codes, group, pairs.bfloat16().transpose(0, 1).contiguous(), _padding(columns), split)
 
@@ -152,7 +152,7 @@ def _per_kernel_group(values_NG: Tensor, layout: UniformLayout, columns: int, gr
     return values_NG.repeat_interleave((layout.group_size or padded) // group, dim=1)[:, : padded // group]
 
 
-def _diffuse(terms_NG: Tensor) -> Tensor:
+def diffuse(terms_NG: Tensor) -> Tensor:
     """Round to bfloat16 from left to right, each group taking on what the one before it lost.
 
     A zero term acts on the sum of a group's inputs. Plain rounding repeats its error in every group, and inputs with a mean

@@ -60,7 +60,7 @@ def _built() -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     if os.environ.get("BITPRESS_NO_COMPILER") or compiler is None:
         raise OSError("no C++ compiler was found (install g++ to get them)")
-    target = _cache_dir() / f"lowbit-{_digest(compiler)}.so"
+    target = cache_dir() / f"lowbit-{_digest(compiler)}.so"
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_suffix(".lock").open("w") as lock:  # one build at a time, in whatever process
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -69,7 +69,8 @@ def _built() -> Path:
     return target
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
+    """Where compiled kernels and what was measured of them are kept."""
     home = os.environ.get("BITPRESS_HOME")
     return (Path(home).expanduser() if home else Path.home() / ".local" / "share" / "bitpress") / "kernels"
 

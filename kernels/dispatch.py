@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bitpress.kernels import cpu, cpu_build, cpu_coded, cpu_lowbit
+from bitpress.kernels import cpu, cpu_build, cpu_coded, cpu_lowbit, gpu_choice
 from bitpress.kernels.layout import DenseLayout, Layout, PairLayout, UniformLayout
 
 LOWBIT, INT4, INT4_SPLIT, INT8, DEQUANTIZE = "C++ low-bit", "int4 pack", "int4 pack, two nibbles", "int8 pack", "dequantize"
@@ -39,6 +39,8 @@ def choose(layout: Layout, shape: tuple[int, int], device: torch.device | str, d
 
     activation_bits: 8 or 4 where every row of activations is to be rounded first.
     """
+    if torch.device(device).type == "cuda" and not isinstance(layout, DenseLayout | PairLayout):
+        return _choose_cuda(layout, shape, dtype, batch)
     match layout:
         case UniformLayout() if activation_bits is not None:
             return _choose_rounded(layout, shape, device, dtype, batch, activation_bits)
@@ -49,6 +51,12 @@ def choose(layout: Layout, shape: tuple[int, int], device: torch.device | str, d
         case PairLayout():
             return _choose_pair(layout, shape, device, dtype, batch)
     return _choose_coded(layout, shape, torch.device(device).type, dtype, batch)
+
+
+def _choose_cuda(layout: Layout, shape: tuple[int, int], dtype: torch.dtype, batch: int) -> Choice:
+    """Triton's kernels or an op that is faster on this card. Rounded activations are whole numbers, which every one of them takes."""
+    kernel, reason = gpu_choice.choose(layout, shape, dtype, batch)
+    return Choice(kernel, reason) if kernel else Choice(DEQUANTIZE, f"dequantise and multiply on cuda: {reason}")
 
 
 def _choose_coded(layout: cpu_coded.CodedLayout, shape: tuple[int, int], device: str, dtype: torch.dtype, batch: int) -> Choice:

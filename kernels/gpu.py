@@ -59,10 +59,12 @@ def refusal(layout: Layout, columns: int, dtype: torch.dtype) -> str:
 class Words:
     """A matrix as the Triton kernels read it.
 
-    kind: "uniform", "table" or "binary". shape: (N, K). low, high: words [C, N, 32] of a code's low and high bits, high empty where there
-    are none; binary: planes uint8 [C, bits, N, 32]. scales [G, N]; binary: alphas [G, bits, N]. zeros, shifts [G, N] or empty. table: float32 [16] or empty.
+    name: the layout, spelt out. kind: "uniform", "table" or "binary". shape: (N, K). low, high: words [C, N, 32] of a code's low and
+    high bits, high empty where there are none; binary: planes uint8 [C, bits, N, 32]. scales [G, N]; binary: alphas [G, bits, N].
+    zeros, shifts [G, N] or empty. table: float32 [16] or empty.
     """
 
+    name: str
     kind: str
     bits: int
     group: int
@@ -116,7 +118,7 @@ def _uniform_words(packed: PackedTensor) -> Words:
     codes_NK = unpack_codes(packed.tensors["codes"], layout.bits, packed.shape[1])
     none = codes_NK.new_empty(0)
     kept = none if zeros is None else zeros.T.contiguous()
-    return Words("uniform", layout.bits, _group(layout.group_size, packed.shape[1]), packed.shape, *_planes(codes_NK, layout.bits),
+    return Words(str(layout), "uniform", layout.bits, _group(layout.group_size, packed.shape[1]), packed.shape, *_planes(codes_NK, layout.bits),
                  packed.tensors["scales"].T.contiguous(), kept, none, none)  # fmt: skip
 
 
@@ -125,7 +127,7 @@ def _table_words(packed: PackedTensor, layout: TableLayout) -> Words:
     codes_NK, scales_NG = unpack_table(packed)
     none = codes_NK.new_empty(0)
     scales_GN = (scales_NG if layout.double_scales else packed.tensors["scales"]).T.contiguous()
-    return Words("table", 4, _group(layout.group_size, packed.shape[1]), packed.shape, *_planes(codes_NK, 4), scales_GN, none, none,
+    return Words(str(layout), "table", 4, _group(layout.group_size, packed.shape[1]), packed.shape, *_planes(codes_NK, 4), scales_GN, none, none,
                  levels(layout.table).to(packed.device))  # fmt: skip
 
 
@@ -133,8 +135,8 @@ def _binary_words(packed: PackedTensor, layout: BinaryLayout) -> Words:
     plus_NBK, alphas_NGB, shifts_NG = unpack_binary(packed)
     planes = torch.stack([_plane(plus_NK.to(torch.uint8), 1) for plus_NK in plus_NBK.unbind(1)], 1)
     none = planes.new_empty(0)
-    return Words("binary", layout.bits, _group(layout.group_size, packed.shape[1]), packed.shape, planes, none, alphas_NGB.permute(1, 2, 0).contiguous(),
-                 none, shifts_NG.T.contiguous(), none)  # fmt: skip
+    return Words(str(layout), "binary", layout.bits, _group(layout.group_size, packed.shape[1]), packed.shape, planes, none,
+                 alphas_NGB.permute(1, 2, 0).contiguous(), none, shifts_NG.T.contiguous(), none)  # fmt: skip
 
 
 def _planes(codes_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:

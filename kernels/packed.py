@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from bitpress.kernels import cpu, cpu_coded, cpu_lowbit, dispatch
+from bitpress.kernels import cpu, cpu_coded, cpu_lowbit, dispatch, gpu_choice, gpu_ops
 from bitpress.kernels.activations import quantize_rows
 from bitpress.kernels.formats import PackedTensor, concat
 from bitpress.kernels.layout import words_of
@@ -88,7 +88,7 @@ class PackedLinear(_Packed):
         self.out_features, self.in_features = packed.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.activation_bits, self.outliers = activation_bits, outliers
-        self._form: tuple[str, Form] | None = None
+        self._forms: dict[Callable[[PackedTensor], Form], Form] = {}  # of its kernels; some share a layout
         self._kernels: dict[tuple[int, torch.dtype], str] = {}  # a decode step asks thousands of times
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,26 +139,27 @@ class PackedLinear(_Packed):
 
     def form(self, kernel: str) -> Form:
         """The matrix in the layout of a kernel, built at the first call."""
-        if self._form is None or self._form[0] != kernel:
-            self._form = (kernel, FORMS[kernel](self.packed))
-        return self._form[1]
+        builder = FORMS[kernel]
+        if builder not in self._forms:
+            self._forms[builder] = builder(self.packed)
+        return self._forms[builder]
 
     @property
     def resident_bytes(self) -> int:
         """Bytes that the layer holds in memory now: canonical ones and, once a small batch was multiplied, the kernel's layout."""
-        return self.stored_bytes + (self._form[1].nbytes if self._form else 0)
+        return self.stored_bytes + sum(form.nbytes for form in self._forms.values())
 
     def extra_repr(self) -> str:
         """Shape and layout, for `print(model)`."""
         return f"{self.in_features} -> {self.out_features}, {words_of(self.layout)}, {self.kernel}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._form = None
+        self._forms.clear()
         self._kernels.clear()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._form = None
+        self._forms.clear()
         super()._load_from_state_dict(*args, **kwargs)
 
 
@@ -210,6 +211,9 @@ FORMS: dict[str, Callable[[PackedTensor], Form]] = {
     dispatch.BINARY: cpu_coded.binary_tiles,
     dispatch.BITMAP: cpu_coded.bitmap_rows,
     dispatch.TWO_FOUR: cpu_coded.two_four_form,
+    gpu_choice.TRITON: gpu_choice.GpuForm.of,
+    gpu_choice.TRITON_DENSE: gpu_choice.GpuForm.of,
+    **{name: op.form for name, op in gpu_ops.OPS.items()},
 }
 
 
