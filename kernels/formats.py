@@ -49,6 +49,10 @@ class PackedTensor:
         """Where the tensors are."""
         return next(iter(self.tensors.values())).device
 
+    def to(self, device: torch.device | str) -> "PackedTensor":
+        """The same matrix on a device."""
+        return PackedTensor(self.layout, self.shape, {name: tensor.to(device) for name, tensor in self.tensors.items()})
+
     @property
     def uniform(self) -> UniformLayout:
         """The layout of a uniform matrix. Raises TypeError for any other."""

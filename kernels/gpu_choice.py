@@ -21,8 +21,8 @@ from torch import Tensor
 
 from bitpress.kernels import cpu_build, gpu, gpu_ops, reference
 from bitpress.kernels.formats import PackedTensor
-from bitpress.kernels.gpu_random import random_packed
 from bitpress.kernels.layout import BinaryLayout, Layout, words_of
+from bitpress.kernels.random_weights import random_packed
 
 TRITON, TRITON_DENSE = "Triton low-bit", "Triton dequantise"
 BATCHES = (1, 16, 64, 256, 2048)  # a batch is measured at the next of these
@@ -127,7 +127,7 @@ def measured(layout: Layout, shape: tuple[int, int], dtype: torch.dtype, batch: 
 def measure(layout: Layout, shape: tuple[int, int], dtype: torch.dtype, batch: int,
             clock: "Callable[[Callable[[], object]], float] | None" = None, device: str = "cuda") -> dict[str, tuple[float, dict[str, Any]]]:  # fmt: skip
     """Median seconds and tile of every kernel that takes the product and agrees with the oracle. clock: seconds of a call, for tests."""
-    packed = random_packed(layout, shape, device)
+    packed = random_packed(shape, layout).to(device)
     x_MK = torch.randn(batch, shape[1], device=device).to(dtype)
     exact_MN = reference.matmul(x_MK, packed)
     limit = 2 * _error(x_MK @ reference.dequantize(packed, dtype).T, exact_MN)

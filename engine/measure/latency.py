@@ -59,7 +59,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Latency:
-    """Medians of one side, in seconds and tokens a second, and the conditions they were taken under."""
+    """Medians of one side, in seconds and tokens a second, the conditions they were taken under, and where a token's time goes where that is known."""
 
     ttft_s: float
     tpot_p50_s: float
@@ -67,6 +67,7 @@ class Latency:
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     conditions: dict[str, Any]
+    parts: dict[str, Any] | None = None
 
 
 def measure_latency(sides: Mapping[str, Decoder | Teller], prompt_T: Tensor, plan: Plan, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Latency]:

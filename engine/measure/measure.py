@@ -23,6 +23,7 @@ from bitpress.engine.measure.perplexity import Quality, Window, measure_alone, m
 from bitpress.engine.measure.protocol import Protocol as TextProtocol
 from bitpress.engine.measure.protocol import tier_named, window_for
 from bitpress.engine.measure.report import Metrics
+from bitpress.engine.measure.token_parts import read_rate, token_parts
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.recipe import Measure, Recipe
 
@@ -124,13 +125,17 @@ def _window_event(window: Window) -> dict[str, Any]:
 
 
 def _latency(dense: Loaded, compressed: nn.Module | None, ids_NT: Tensor, emit: Emit, should_stop: Callable[[], bool]) -> dict[str, Latency]:
+    """Both sides in turn, and then where the time of a token goes."""
     emit("stage_started", {"stage": "latency"})
     prompt_T = ids_NT.flatten()
     plan = Plan().fitted(min(dense.anatomy.context, 2 * len(prompt_T)))
     models = {"dense": dense.model} | ({"compressed": compressed} if compressed is not None else {})
     decoders = {side: Decoder(model, dense.tokenizer, plan.prompt + plan.new) for side, model in models.items()}
     found = measure_latency(decoders, prompt_T[: plan.prompt], plan, should_stop)
-    return {side: replace(latency, conditions={**latency.conditions, **decoders[side].conditions}) for side, latency in found.items()}
+    rate = read_rate(decoders["dense"].device)
+    kv_bytes = dense.anatomy.kv_bytes_per_token * (plan.prompt + plan.new // 2)
+    parts = {side: token_parts(decoder, found[side].tpot_p50_s, rate, kv_bytes) for side, decoder in decoders.items()}
+    return {side: replace(latency, parts=parts[side], conditions={**latency.conditions, **decoders[side].conditions}) for side, latency in found.items()}
 
 
 def _figures(side: str, model: nn.Module, recipe: Recipe | None, dense: Loaded, windows: Windows, quality: Quality, latency: Latency | None) -> Metrics:

@@ -53,5 +53,6 @@ def size_figures(weights: Weights) -> Metrics:
 
 
 def latency_figures(latency: Latency) -> Metrics:
-    """Seconds and rates; the conditions go into the protocol."""
-    return {key: value for key, value in asdict(latency).items() if key != "conditions"}
+    """Seconds and rates, and the parts of a token as `token_parts`; the conditions go into the protocol."""
+    rates = {key: value for key, value in asdict(latency).items() if key not in ("conditions", "parts")}
+    return {**rates, **({"token_parts": latency.parts} if latency.parts else {})}

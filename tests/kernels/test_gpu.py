@@ -32,7 +32,7 @@ def inputs(batch: int, columns: int, dtype: torch.dtype, mean: float = 1.0) -> t
 
 
 def words(matrix: PackedTensor) -> gpu.Words:
-    return gpu.words(PackedTensor(matrix.layout, matrix.shape, {name: tensor.to(DEVICE) for name, tensor in matrix.tensors.items()}))
+    return gpu.words(matrix.to(DEVICE))
 
 
 @pytest.mark.parametrize("dtype", gpu.TYPES, ids=str)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from bitpress.kernels import dispatch, gpu, gpu_choice, gpu_ops, reference
-from bitpress.kernels.gpu_random import random_packed
 from bitpress.kernels.layout import BinaryLayout, DenseLayout, TableLayout, TwoFourLayout, UniformLayout
 
 BF16 = torch.bfloat16
@@ -26,13 +25,6 @@ def table(monkeypatch, tmp_path):
 @pytest.fixture
 def triton_here(monkeypatch) -> None:
     monkeypatch.setattr(gpu, "why_not", lambda: "")
-
-
-def test_random_matrices_have_every_layout(any_layout) -> None:
-    packed = random_packed(any_layout, (64, 192))
-    weights = reference.dequantize(packed)
-    assert packed.layout == any_layout and packed.nbytes == any_layout.nbytes(64, 192)
-    assert weights.isfinite().all() and 0.001 < float(weights.abs().mean()) < 1
 
 
 def test_without_a_gpu_or_triton_the_reason_says_so(monkeypatch) -> None:
