@@ -11,6 +11,7 @@ weights is all that costs; longer pieces in what the machine multiplies fastest 
 
 import copy
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from bitpress.engine.errors import InputError
 from bitpress.engine.model.load import compute_dtype
 from bitpress.kernels import cpu_step
+from bitpress.kernels.cpu_token import BlockParts, TokenStep
 from bitpress.kernels.packed import PackedEmbedding, PackedLinear
 from bitpress.kernels.rows import join
 
@@ -159,6 +161,12 @@ class _Block:
         self.attention_norm, self.mlp_norm = _Norm(block.input_layernorm, dtype), _Norm(block.post_attention_layernorm, dtype)
         self.head_norms = [_Norm(norm, dtype) for norm in (attention.q_norm, attention.k_norm)] if hasattr(attention, "q_norm") else []
 
+    @property
+    def parts(self) -> BlockParts:
+        """What a step in C++ needs of it."""
+        norms = (self.attention_norm.weight_D, self.attention_norm.epsilon), (self.mlp_norm.weight_D, self.mlp_norm.epsilon)
+        return BlockParts(norms, (self.qkv, self.out, self.gate_up, self.down))
+
 
 class _Norm:
     """RMSNorm over the last axis, summed in float32.
@@ -192,7 +200,13 @@ class _OwnLoop:
         self.cos, self.sin = self._rotary(model.model.rotary_emb, decoder)
         self._allocate(decoder)
         plain = all(block.activation is F.silu and not block.head_norms for block in self.blocks)
+        self._ffn = config.intermediate_size
         self.fused_steps = plain and decoder.device.type == "cpu" and self.step_dtype == torch.bfloat16 and cpu_step.available()
+
+    @cached_property
+    def whole_step(self) -> TokenStep | None:
+        """All blocks of a step as one call; None where some part of them has no such path. Laying codes out takes a moment."""
+        return TokenStep.of([block.parts for block in self.blocks])
 
     def _allocate(self, decoder: Decoder) -> None:
         shape = (len(self.blocks), 1, 2 * self.kv_heads, decoder.max_length, self.channels)
@@ -244,9 +258,12 @@ class _OwnLoop:
         return self.norm(x_TD)
 
     def _step(self, ids_1: Tensor) -> Tensor:
-        """One token on a CPU: the same sums as below with one call where torch takes several."""
+        """One token on a CPU: the same sums as below with one call where torch takes several, or with one for all blocks."""
         at = self.position
         x_1D, cos_C, sin_C = self.embed(ids_1).to(self.step_dtype), self.cos[at, 0], self.sin[at, 0]
+        if self.whole_step is not None:
+            self.position = at + 1
+            return self.norm(self.whole_step(x_1D.contiguous(), cos_C, sin_C, self.cache, at, self.heads, self.scale, self._ffn))
         for block, cache in zip(self.blocks, self.cache[:, 0].unbind(), strict=True):
             qkv = block.qkv(block.attention_norm(x_1D))
             x_1D = x_1D + block.out(cpu_step.attend_one(qkv, cos_C, sin_C, cache, at, self.heads, self.scale))

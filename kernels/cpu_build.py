@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}.cpp") for name in ("lowbit", "table", "binary", "sparse", "panel", "step", "stream"))
+SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}.cpp") for name in ("lowbit", "table", "binary", "sparse", "panel", "step", "token", "stream"))
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu_bf16.h", "cpu_rows.h", "cpu_lanes.h"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
 BUILD_SECONDS = 180
@@ -119,6 +119,8 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.bitpress_rms_norm.argtypes = [address, address, address, number, real]
     lib.bitpress_attend_one.argtypes = [*[address] * 5, *[number] * 5, real, number]
     lib.bitpress_gated_silu.argtypes = [address, address, number]
+    lib.bitpress_token.argtypes = [address, number, *[address] * 4, *[number] * 5, real, number, number, number]
+    lib.bitpress_token.restype = None
     for silent in (lib.bitpress_table, lib.bitpress_bitmap, lib.bitpress_two_four, lib.bitpress_rms_norm, lib.bitpress_attend_one, lib.bitpress_gated_silu):
         silent.restype = None
     return lib

@@ -1,0 +1,98 @@
+"""All blocks of a decoding step as one call into C++. Knows matrices, norms and a cache; no model, no tokens.
+
+Built once from a loop's parts, whose storage it keeps alive and reads in place. `TokenStep.of` says None for parts that the
+C++ does not take (biases, formats without low-bit tiles, no compiler): the caller then goes on call by call.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bitpress.kernels import cpu_build, cpu_lowbit, dispatch
+from bitpress.kernels.packed import PackedLinear
+from bitpress.kernels.rows import DenseRows, PackedRows, Rows, SeparateRows
+
+DENSE_BITS, MOST = 16, (3, 1, 2, 1)  # matrices of a block: q k v, output, gate up, down
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("weights", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p),
+                *((name, ctypes.c_int32) for name in ("bits", "group", "float_zeros", "activation_bits", "inputs", "outputs"))]  # fmt: skip
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [("attention_norm", ctypes.c_void_p), ("mlp_norm", ctypes.c_void_p), ("attention_epsilon", ctypes.c_float),
+                ("mlp_epsilon", ctypes.c_float), ("counts", ctypes.c_int32 * 4), ("matrices", _Matrix * sum(MOST))]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """One block: norms (bfloat16 weights [D], epsilon), and the matrices q k v, output, gate up, down."""
+
+    norms: tuple[tuple[Tensor, float], tuple[Tensor, float]]
+    matrices: tuple[Rows, Rows, Rows, Rows]
+
+
+class TokenStep:
+    """The blocks of a model, ready to take one token each call."""
+
+    def __init__(self, blocks: Sequence[BlockParts], flat: Sequence[list[list[Tensor | PackedLinear]]]) -> None:
+        self.count, self.kept = len(blocks), (blocks, flat)
+        self.blocks = (_Block * len(blocks))()
+        for target, parts, groups in zip(self.blocks, blocks, flat, strict=True):
+            (attention, target.attention_epsilon), (mlp, target.mlp_epsilon) = parts.norms
+            target.attention_norm, target.mlp_norm = attention.data_ptr(), mlp.data_ptr()
+            target.counts[:] = [len(group) for group in groups]
+            for place, matrix in enumerate(matrix for group in groups for matrix in group):
+                target.matrices[place] = _dense(matrix) if isinstance(matrix, Tensor) else _packed(matrix)
+
+    @classmethod
+    def of(cls, blocks: Sequence[BlockParts]) -> "TokenStep | None":
+        """The step of these blocks, None where it has no such path."""
+        flat = [[_matrices(rows) for rows in block.matrices] for block in blocks]
+        fits = all(group and len(group) <= most for groups in flat for group, most in zip(groups, MOST, strict=True))
+        plain = all(weight.dtype == torch.bfloat16 and weight.is_contiguous() for block in blocks for weight, _ in block.norms)
+        return cls(blocks, [[group or [] for group in groups] for groups in flat]) if fits and plain and cpu_build.library() else None
+
+    def __call__(self, x_1D: Tensor, cos_C: Tensor, sin_C: Tensor, cache: Tensor, position: int, heads: int, scale: float, ffn: int) -> Tensor:
+        """x_1D: bfloat16 [1, D], contiguous, a token's embedding; becomes its state behind the last block and is returned.
+
+        cos_C, sin_C: as `cpu_step.attend_one` takes them. cache: bfloat16 [blocks, 1, 2 kv, capacity, C]; row `position` of each is written.
+        """
+        _, _, planes, capacity, channels = cache.shape
+        lib = cpu_build.library()
+        assert lib is not None
+        lib.bitpress_token(
+            self.blocks, self.count, x_1D.data_ptr(), cos_C.data_ptr(), sin_C.data_ptr(), cache.data_ptr(), position, capacity, heads,
+            planes // 2, channels, scale, x_1D.shape[-1], ffn, torch.get_num_threads(),
+        )  # fmt: skip
+        return x_1D
+
+
+def _matrices(rows: Rows | nn.Module) -> list[Tensor | PackedLinear] | None:
+    """What lies in a product: bfloat16 weights and low-bit layers; None for anything else."""
+    match rows:
+        case DenseRows(bias_N=None, weight_NK=weight) if weight.dtype == torch.bfloat16 and weight.is_contiguous():
+            return [weight]
+        case PackedRows(linear=linear) if linear.bias is None and linear.kernel == dispatch.LOWBIT:
+            return [linear]
+        case SeparateRows(parts=parts):
+            found = [_matrices(part) for part in parts]
+            return None if any(each is None for each in found) else [matrix for each in found for matrix in each or []]
+    return None
+
+
+def _dense(weight_NK: Tensor) -> _Matrix:
+    outputs, inputs = weight_NK.shape
+    return _Matrix(weight_NK.data_ptr(), None, None, DENSE_BITS, inputs, 0, 0, inputs, outputs)
+
+
+def _packed(linear: PackedLinear) -> _Matrix:
+    tiles = linear.form(dispatch.LOWBIT)
+    assert isinstance(tiles, cpu_lowbit.Tiles)
+    zeros, floats = tiles.zeros, tiles.zeros is not None and tiles.zeros.dtype == torch.bfloat16
+    return _Matrix(tiles.codes.data_ptr(), tiles.scales.data_ptr(), None if zeros is None else zeros.data_ptr(), tiles.bits, tiles.group, floats,
+                   linear.activation_bits or 0, tiles.shape[1], tiles.shape[0])  # fmt: skip
