@@ -9,8 +9,9 @@ from typing import Any
 
 from bitpress.engine.accounting import settled
 from bitpress.engine.errors import InputError
+from bitpress.engine.methods.catalogue import kinds
 from bitpress.engine.model.anatomy import Anatomy
-from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme, SchemeLine, Stage, Structure
+from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme, SchemeLine, Stage, Structure, WeightPatch
 from bitpress.engine.targets import covered, pattern_of, pattern_problem
 
 DENSE_BITS = 16
@@ -44,7 +45,7 @@ def protect(recipe: Recipe, anatomy: Anatomy, end: str, count: int) -> Recipe:
     """Keep the `count` first or last blocks (`end`) at 8 bits; 0 takes the protection back."""
     lines = [line for line in recipe.schemes if not is_protection(line, end)]
     kept = recipe.model_copy(update={"schemes": lines})
-    return set_weights(kept, f"blocks:{end}{count}", anatomy, bits=PROTECTED_BITS) if count else fit_stages(kept, anatomy)
+    return set_weights(kept, f"blocks:{end}{count}", anatomy, bits=PROTECTED_BITS) if count else fit_stages(kept, anatomy, kinds())
 
 
 def is_protection(line: SchemeLine, end: str) -> bool:
@@ -86,7 +87,7 @@ def with_lines(recipe: Recipe, lines: Sequence[Mapping[str, Any]], anatomy: Anat
         wrong = pattern_problem(line.match, anatomy)
         if wrong:
             raise InputError(f"The line '{line.match}' cannot be used.", wrong, "Use names, globs, role:… or blocks:….")
-    return fit_stages(changed, anatomy)
+    return fit_stages(changed, anatomy, kinds())
 
 
 def set_stage(recipe: Recipe, family_of: Mapping[str, str], method: str, options: Mapping[str, Any]) -> Recipe:
@@ -97,10 +98,34 @@ def set_stage(recipe: Recipe, family_of: Mapping[str, str], method: str, options
     return recipe.model_copy(update={"stages": stages if stage in stages else [*stages, stage]})
 
 
+def set_preparations(recipe: Recipe, methods: Sequence[str]) -> Recipe:
+    """Prepare with these methods, in this order, before everything that rounds; one that was there keeps its options."""
+    kind = kinds()
+    old = {stage.method: stage for stage in recipe.stages if kind.get(stage.method) == "prepare"}
+    rest = [stage for stage in recipe.stages if stage.method not in old]
+    at = next((number for number, stage in enumerate(rest) if kind.get(stage.method) == "quantize"), len(rest))
+    chosen = [old.get(name, Stage(method=name)) for name in methods]
+    return recipe.model_copy(update={"stages": [*rest[:at], *chosen, *rest[at:]]})
+
+
+def fit_weights(recipe: Recipe, ability: Mapping[str, Any]) -> Recipe:
+    """The same schemes in a format, and of the nearest widths, that a method has. ability: of its catalogue entry."""
+    return recipe.model_copy(update={"schemes": [line.model_copy(update={"weights": _fitted(line.weights, ability)}) for line in recipe.schemes]})
+
+
+def _fitted(weights: Any, ability: Mapping[str, Any]) -> Any:
+    if not isinstance(weights, WeightPatch) or weights.bits is None:
+        return weights
+    formats, bits = ability.get("formats") or ["uniform"], ability.get("bits") or [weights.bits]
+    form = weights.format if (weights.format or "uniform") in formats else None if "uniform" in formats else formats[0]
+    nearest = min(bits, key=lambda width: abs(width - (weights.bits or width)))
+    return weights.model_copy(update={"format": form, "bits": nearest})
+
+
 def _with_line(recipe: Recipe, line: dict[str, Any], anatomy: Anatomy) -> Recipe:
     new = SchemeLine.model_validate(line)
     appended = compacted([*recipe.schemes, new], anatomy)
-    return fit_stages(recipe.model_copy(update={"schemes": appended}), anatomy)
+    return fit_stages(recipe.model_copy(update={"schemes": appended}), anatomy, kinds())
 
 
 def compacted(lines: Sequence[SchemeLine], anatomy: Anatomy) -> list[SchemeLine]:

@@ -3,7 +3,7 @@
 Knows schemas and widgets; of a method only what its catalogue entry says.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import streamlit as st
@@ -32,6 +32,23 @@ def method_form(catalogue: Mapping[str, Any] | None) -> None:
             _stage_form(number, stage, entries)
     if not stages:
         st.caption("Nothing to do: every layer stays dense.")
+    _preparing(stages, entries)
+
+
+def _preparing(stages: Sequence[Stage], entries: Mapping[str, Any]) -> None:
+    """Which methods prepare the model before it is rounded."""
+    offered = [name for name, entry in entries.items() if entry["ability"]["part"] == "prepare"]
+    if not offered or not any(entries[stage.method]["ability"]["part"] == "weights" for stage in stages if stage.method in entries):
+        return
+    st.session_state["preparing"] = [stage.method for stage in stages if stage.method in offered]
+    st.multiselect(
+        "Prepare first with",
+        offered,
+        key="preparing",
+        format_func=lambda name: entries[name].get("title", name),
+        on_change=lambda: try_edit(lambda: edits.set_preparations(state.session().recipe, st.session_state["preparing"])),
+        help="\n\n".join(f"**{entries[name].get('title', name)}**: {entries[name]['summary']}" for name in offered),
+    )
 
 
 def _stage_form(number: int, stage: Stage, entries: Mapping[str, Any]) -> None:
@@ -42,7 +59,9 @@ def _stage_form(number: int, stage: Stage, entries: Mapping[str, Any]) -> None:
     st.session_state[key] = stage.method
 
     def take_method() -> None:
-        try_edit(lambda: edits.set_stage(state.session().recipe, kinds, st.session_state[key], {}))
+        chosen = entries[st.session_state[key]]
+        fitted = edits.fit_weights if chosen["ability"]["part"] == "weights" else lambda recipe, ability: recipe
+        try_edit(lambda: edits.set_stage(fitted(state.session().recipe, chosen["ability"]), kinds, chosen["id"], {}))
 
     st.selectbox(
         f"Method to {entry['family']}",

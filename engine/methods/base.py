@@ -18,7 +18,7 @@ from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import Scheme
 from bitpress.kernels.formats import PackedTensor
 
-Family = Literal["quantize", "prune", "lowrank", "share", "kvcache", "distill"]
+Family = Literal["prepare", "quantize", "prune", "lowrank", "share", "kvcache", "distill"]
 Statistics = Mapping[str, Tensor]  # of one layer's inputs, by name, such as "second_moment" [K]
 
 
@@ -175,13 +175,13 @@ class BlockMethod(Method):
 class PreparationMethod(Method):
     """A method that changes a dense model so that later stages lose less, and leaves what the model computes as it is."""
 
+    family: ClassVar[Family] = "prepare"
+    acts_on: ClassVar[str] = "block"
     ability: ClassVar[Ability] = Ability(part="prepare")
 
 
 class ScalingMethod(PreparationMethod):
     """A preparation that moves a factor for each input from the linears that read it to the module before them."""
-
-    acts_on: ClassVar[str] = "block"
 
     def kinds(self, options: Any) -> frozenset[str]:
         """Which links it scales: linears after a "norm", `o` after "v", `down` after "up" (engine.model.links)."""
@@ -201,8 +201,6 @@ class ScalingMethod(PreparationMethod):
 
 class TurningMethod(PreparationMethod):
     """A preparation of the whole model that looks at no text."""
-
-    acts_on: ClassVar[str] = "model"
 
     @abstractmethod
     def turn(self, model: nn.Module, anatomy: Anatomy, seed: int, options: Any) -> tuple[str, ...]:

@@ -51,6 +51,13 @@ def read_catalogue() -> dict[str, Any] | None:
     return found
 
 
+def kinds() -> dict[str, str]:
+    """What each known method does in a recipe, by its id: prepare, prune, lowrank, quantize, or the part of a scheme that has no family."""
+    words = {"weights": "quantize", "sparsity": "prune", "rank": "lowrank"}
+    found = read_catalogue() or {"methods": []}
+    return {entry["id"]: words.get(part := entry["ability"]["part"], part) for entry in found["methods"]}
+
+
 def abilities(catalogue: dict[str, Any]) -> dict[str, Ability]:
     """What each method of a catalogue satisfies, by its id."""
     return {entry["id"]: Ability.model_validate(entry["ability"]) for entry in catalogue["methods"]}

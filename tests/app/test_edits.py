@@ -135,3 +135,30 @@ def test_a_short_list_means_what_all_edits_in_a_row_mean(anatomy: Anatomy, actio
             full.append({"match": pattern, "weights": "dense" if change.get("bits") == 16 else change})
     assert short.resolve(anatomy) == Recipe.from_dict({"model": "tiny-stories", "schemes": full}).resolve(anatomy)
     assert len(short.schemes) <= len(full)
+
+
+CATALOGUE = {"rtn": "quantize", "gptq": "quantize", "nf4": "quantize", "awq": "prepare", "rotation": "prepare", "wanda": "prune"}
+
+
+def test_an_edit_keeps_the_chosen_method(recipe: Recipe, anatomy: Anatomy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edits, "kinds", lambda: CATALOGUE)
+    chosen = recipe.model_copy(update={"stages": [Stage(method="awq"), Stage(method="gptq")]})
+    assert [stage.method for stage in edits.set_weights(chosen, "role:v", anatomy, bits=6).stages] == ["awq", "gptq"]
+
+
+def test_preparations_stand_before_what_rounds_and_keep_their_options(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edits, "kinds", lambda: CATALOGUE)
+    start = recipe.model_copy(update={"stages": [Stage(method="wanda"), Stage(method="awq", options={"clip": False}), Stage(method="gptq")]})
+    both = edits.set_preparations(start, ["rotation", "awq"])
+    assert [stage.method for stage in both.stages] == ["wanda", "rotation", "awq", "gptq"]
+    assert both.stages[2].options == {"clip": False}
+    assert [stage.method for stage in edits.set_preparations(both, []).stages] == ["wanda", "gptq"]
+
+
+def test_a_method_of_another_format_brings_the_format_and_the_widths_that_it_has(recipe: Recipe, anatomy: Anatomy) -> None:
+    mixed = edits.set_weights(edits.set_weights(recipe, "role:v", anatomy, bits=8), "role:q", anatomy, bits=16)
+    table = edits.fit_weights(mixed, {"part": "weights", "bits": [4], "formats": ["nf4"]}).resolve(anatomy)
+    assert {(scheme.weights.format, scheme.weights.bits) for scheme in table.values() if scheme.weights} == {("nf4", 4)}
+    assert table[Q0].is_dense
+    back = edits.fit_weights(edits.fit_weights(mixed, {"bits": [4], "formats": ["nf4"]}), {"bits": [2, 3, 4, 8], "formats": ["uniform"]})
+    assert {scheme.weights.format for scheme in back.resolve(anatomy).values() if scheme.weights} == {"uniform"}

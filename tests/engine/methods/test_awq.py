@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitpress.engine.methods import registry
-from bitpress.engine.methods.quantize.awq import centred, gram_blocks, rounded
+from bitpress.engine.methods.prepare.awq import centred, gram_blocks, rounded
 from bitpress.engine.recipe import Scheme, WeightScheme
 
 AWQ: Any = registry.get("awq")

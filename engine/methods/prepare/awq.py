@@ -42,7 +42,7 @@ class Awq(ScalingMethod):
 
     name = "awq"
     title = "AWQ"
-    family = "quantize"
+    family = "prepare"
     summary = "Prepares for rounding: channels with large inputs are scaled up, and the module before them down, so that they lose less. Reads the text once."
     citation = "Lin et al. 2024, AWQ: activation-aware weight quantization for LLM compression and acceleration, arXiv 2306.00978."
     cost = "About a minute for 135 million weights on two cores; grows with the calibration text and the strengths tried."

@@ -37,7 +37,7 @@ class Rotate(TurningMethod):
 
     name = "rotation"
     title = "Rotation (QuaRot)"
-    family = "quantize"
+    family = "prepare"
     summary = "Prepares for 4-bit activations: a random rotation spreads outliers over all channels and leaves the model's outputs alone. Looks at no text."
     citation = "Ashkboos et al. 2024, QuaRot: outlier-free 4-bit inference in rotated LLMs, arXiv 2404.00456."
     cost = "Seconds; each token then costs two small products more at the ends and one in every block, in transformers' loop instead of our own."

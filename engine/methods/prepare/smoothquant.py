@@ -26,7 +26,7 @@ class SmoothQuant(ScalingMethod):
 
     name = "smoothquant"
     title = "SmoothQuant"
-    family = "quantize"
+    family = "prepare"
     summary = "Prepares for rounding weights and activations: large activations are scaled down and their weights up. Reads the text once."
     citation = "Xiao et al. 2023, SmoothQuant: accurate and efficient post-training quantization for large language models, arXiv 2211.10438."
     cost = "Seconds beside one pass over the calibration text."

@@ -1,0 +1,1 @@
+"""Methods that change a model without changing what it computes, so that later stages lose less."""
