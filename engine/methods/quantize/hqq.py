@@ -3,8 +3,6 @@
 Shapes: N outputs, K inputs, G groups a row, g inputs a group.
 """
 
-from typing import NamedTuple
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -32,7 +30,7 @@ MOVED_ZEROS = "its pruned weights are no longer exactly 0, since a zero that is 
 class HqqOptions(MethodOptions):
     """The half-quadratic solver."""
 
-    iterations: int = Field(default=20, ge=1, le=200, title="Iterations", description="Steps of the solver. The best zero of each group is kept.")
+    iterations: int = Field(default=20, ge=1, le=200, title="Iterations", description="Steps of the solver at most; it stops when the error grows.")
     norm: float = Field(
         default=0.7, gt=0.0, le=1.0, title="Norm", description="The sum of |error| to this power is made small. Smaller cares less about few large errors."
     )
@@ -67,20 +65,12 @@ class Hqq(LinearMethod):
         return Outcome(dequantize_groups(codes, scheme.weights), codes, notes=(MOVED_ZEROS,) if moved else ())
 
 
-class _Best(NamedTuple):
-    """Of each group the zero found so far, its codes and their mean |error|; [N, G, 1], [N, G, g], [N, G, 1]."""
-
-    zero: Tensor
-    codes: Tensor
-    error: Tensor
-
-
 def _solve_rows(weight_NK: Tensor, scheme: WeightScheme, options: HqqOptions) -> tuple[Tensor, Tensor, Tensor]:
     groups, real = to_groups(weight_NK, scheme.group_size), to_groups(torch.ones_like(weight_NK[:1]), scheme.group_size)
     grid = start_grid(groups, real, scheme)
-    best = solve(groups, real, grid, scheme, options)
-    codes_NK = best.codes.to(torch.uint8).flatten(1)[:, : weight_NK.shape[1]]
-    return codes_NK, grid.scale.squeeze(-1).to(SCALE_DTYPE), best.zero.squeeze(-1).to(torch.uint8 if scheme.zero == "integer" else SCALE_DTYPE)
+    codes, grid = solve(groups, real, grid, scheme, options)
+    codes_NK = codes.to(torch.uint8).flatten(1)[:, : weight_NK.shape[1]]
+    return codes_NK, grid.scale.squeeze(-1).to(SCALE_DTYPE), grid.zero.squeeze(-1).to(torch.uint8 if scheme.zero == "integer" else SCALE_DTYPE)
 
 
 def start_grid(groups: Tensor, real: Tensor, scheme: WeightScheme) -> Grid:
@@ -102,27 +92,22 @@ def nearest(groups: Tensor, grid: Grid) -> Tensor:
     return (groups / grid.scale).add_(grid.zero).round_().clamp_(0, grid.top)
 
 
-def solve(groups: Tensor, real: Tensor, grid: Grid, scheme: WeightScheme, options: HqqOptions) -> _Best:
-    """Seek the zeros: the errors are shrunk towards none, the zero takes the mean of what is left, and the best so far is kept.
+def solve(groups: Tensor, real: Tensor, grid: Grid, scheme: WeightScheme, options: HqqOptions) -> tuple[Tensor, Grid]:
+    """Codes and grid once the zeros stand: errors are shrunk towards none, and the zero takes the mean of what is left.
 
-    The published solver stops all groups at once when their mean |error| grows; here each group keeps its own best, so no
-    group ends worse than it started.
+    Stops when the mean |error| of these rows grows. The last zero is kept, as published, not that of least |error|: it leaves
+    each group's errors with a mean near 0, and that is what keeps the outputs where they were.
     """
-    count = real.sum(dim=-1, keepdim=True)
-    codes, beta = nearest(groups, grid), options.beta
-    best = _Best(grid.zero, codes, _mean_error(groups, real, codes, grid))
+    count, beta, least = real.sum(dim=-1, keepdim=True), options.beta, float("inf")
     for _ in range(options.iterations):
-        error = groups - decode(codes, grid)
-        kept = error.sign() * (error.abs() - error.abs().pow(options.norm - 1) / beta).clamp_(min=0.0)
-        zero = ((codes - (groups - kept) / grid.scale) * real).sum(-1, keepdim=True) / count
-        grid = Grid(grid.scale, stored_zero(zero, scheme), grid.top)
         codes = nearest(groups, grid)
-        found = _mean_error(groups, real, codes, grid)
-        better = found < best.error
-        best = _Best(torch.where(better, grid.zero, best.zero), torch.where(better, codes, best.codes), torch.where(better, found, best.error))
+        error = (groups - decode(codes, grid)).mul_(real)
+        kept = error.sign() * (error.abs() - error.abs().pow(options.norm - 1) / beta).clamp_(min=0.0)
+        grid = grid._replace(zero=((codes - (groups - kept) / grid.scale) * real).sum(-1, keepdim=True) / count)
+        found = float(error.abs().mean())
+        if found >= least:
+            break
+        least = found
         beta *= options.growth
-    return best
-
-
-def _mean_error(groups: Tensor, real: Tensor, codes: Tensor, grid: Grid) -> Tensor:
-    return decode(codes, grid).sub_(groups).abs_().mul_(real).sum(-1, keepdim=True) / real.sum(dim=-1, keepdim=True)
+    grid = grid._replace(zero=stored_zero(grid.zero, scheme))
+    return nearest(groups, grid), grid

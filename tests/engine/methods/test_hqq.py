@@ -1,4 +1,4 @@
-"""HQQ: against a plain loop of the published steps, never worse than its start, float and integer zeros, edge groups."""
+"""HQQ: against a plain loop of the published steps, errors without a mean, float and integer zeros, edge groups."""
 
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bitpress.engine.accounting import layout_of
 from bitpress.engine.methods import registry
-from bitpress.engine.methods.quantize.hqq import HqqOptions, nearest, solve, start_grid
 from bitpress.engine.methods.quantize.pipeline import dequantize_groups, quantize_groups
 from bitpress.engine.recipe import BITS, Scheme, SparsityScheme, WeightScheme
 from bitpress.kernels.formats import pack
@@ -33,46 +32,42 @@ def solved(weight_NK: Tensor, scheme: Scheme, **options: Any) -> Any:
     return METHOD.apply(weight_NK, scheme, {}, METHOD.parse(options))
 
 
-def published(group: np.ndarray, bits: int, steps: int) -> tuple[float, np.ndarray]:
-    """Zero and codes of one group after some steps of METHODS 15.6, the best by mean |error|, in float64."""
+def published(weights: np.ndarray, bits: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Zeros and codes of rows of groups by METHODS 15.6, in float64: stops when the mean |error| of them all grows."""
     top = 2**bits - 1
-    scale = float(torch.tensor((group.max() - group.min()) / top).to(torch.bfloat16))
-    zero, beta, best = float(torch.tensor(-group.min() / scale).to(torch.bfloat16)), 10.0, (np.inf, 0.0, group)
-    for _ in range(steps + 1):
-        codes = np.clip(np.round(group / scale + zero), 0, top)
-        error = group - (codes - zero) * scale
-        if abs(error).mean() < best[0]:
-            best = (abs(error).mean(), zero, codes)
+    exact = (weights.max(-1, keepdims=True) - weights.min(-1, keepdims=True)) / top
+    scale = torch.from_numpy(exact).to(torch.bfloat16).double().numpy()
+    zero, beta, least = -weights.min(-1, keepdims=True) / scale, 10.0, np.inf
+    for _ in range(steps):
+        codes = np.clip(np.round(weights / scale + zero), 0, top)
+        error = weights - (codes - zero) * scale
         with np.errstate(divide="ignore"):
             kept = np.sign(error) * np.maximum(abs(error) - abs(error) ** -0.3 / beta, 0)
-        zero = float(torch.tensor((codes - (group - kept) / scale).mean()).to(torch.bfloat16))
-        beta *= 1.01
-    return best[1], best[2]
+        zero = (codes - (weights - kept) / scale).mean(-1, keepdims=True)
+        if abs(error).mean() >= least:
+            break
+        least, beta = abs(error).mean(), beta * 1.01
+    zero = torch.from_numpy(zero).to(torch.bfloat16).double().numpy()
+    return zero[..., 0], np.clip(np.round(weights / scale + zero), 0, top)
 
 
+@pytest.mark.parametrize("steps", [1, 3, 20])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_it_is_the_published_solver_with_the_best_step_kept(bits: int) -> None:
-    weights, scheme = outlying(bits, rows=8), scheme_of(bits)
-    made = solved(weights, scheme, iterations=5)
-    same = 0
-    for row in range(8):
-        for group in range(4):
-            zero, codes = published(weights[row, group * 16 : group * 16 + 16].double().numpy(), bits, 5)
-            same += made.codes.zeros_NG[row, group].item() == zero and made.codes.codes_NK[row, group * 16 : group * 16 + 16].tolist() == codes.tolist()
-    assert same >= 30, "float32 may round one of 32 zeros the other way"
+def test_it_is_the_published_solver(bits: int, steps: int) -> None:
+    weights = outlying(bits, rows=8)
+    made = solved(weights, scheme_of(bits), iterations=steps)
+    zeros, codes = published(weights.double().numpy().reshape(8, 4, 16), bits, steps)
+    assert np.isclose(made.codes.zeros_NG.double().numpy(), zeros, atol=0.1).mean() > 0.9, "float32 may round a weight the other way"
+    assert (made.codes.codes_NK.numpy() == codes.reshape(8, 64)).mean() > 0.97
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), bits=st.sampled_from(BITS), group=st.sampled_from((0, 8, 24)), zero=st.sampled_from(("integer", "float")))
-def test_no_group_ends_worse_than_it_started(seed: int, bits: int, group: int, zero: str) -> None:
-    weights, scheme = outlying(seed), WeightScheme(bits=bits, group_size=group, zero=zero)  # type: ignore[arg-type]
-    padded = torch.nn.functional.pad(weights, (0, -64 % (group or 64))).view(4, -1, group or 64)
-    real = torch.nn.functional.pad(torch.ones(1, 64), (0, -64 % (group or 64))).view(1, -1, group or 64)
-    grid = start_grid(padded, real, scheme)
-    before = ((nearest(padded, grid) - grid.zero) * grid.scale - padded).abs().mul(real).sum(-1)
-    best = solve(padded, real, grid, scheme, HqqOptions())
-    after = ((best.codes - best.zero) * grid.scale - padded).abs().mul(real).sum(-1)
-    assert (after <= before * (1 + 1e-5)).all()
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), bits=st.sampled_from(BITS), group=st.sampled_from((0, 8, 24)))
+def test_errors_of_a_group_have_a_mean_near_zero(seed: int, bits: int, group: int) -> None:
+    weights, scheme = outlying(seed), scheme_of(bits, group)
+    made = solved(weights, scheme)
+    gaps = torch.nn.functional.pad(made.weight_NK - weights, (0, -64 % (group or 64))).view(4, -1, group or 64).mean(-1)
+    assert gaps.square().mean().sqrt() < 0.25 * made.codes.scales_NG.float().square().mean().sqrt()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
