@@ -338,8 +338,7 @@ class _Backward:
             for kind, score in weighted_errors(weight_NK, made_NK, weights_K).items():
                 if kind in self.kinds:
                     scoring.keep(name, option.id, kind, score)
-            change_MN = x_MK @ (made_NK - weight_NK).to(x_MK.dtype).t()
-            self.keep(name, option.id, (change_MN * gradient_MN).sum(-1, dtype=torch.float32))
+            self.keep(name, option.id, _products(x_MK, (made_NK - weight_NK).to(x_MK.dtype), gradient_MN))
         self.heard += 1
         scoring.emit("progress", {"done": self.heard, "total": len(self.linears)})
 
@@ -363,6 +362,14 @@ class _Backward:
             totals[key] = totals.get(key, torch.zeros(())) + torch.cat(pieces)
         for (name, option), products_M in totals.items():
             self.keep(name, option, products_M)
+
+
+def _products(x_MK: Tensor, error_NK: Tensor, gradient_MN: Tensor) -> Tensor:
+    """<g, D x> of every row: float32 [M], by way of whichever side is narrower."""
+    rows, columns = error_NK.shape
+    if columns < rows:
+        return ((gradient_MN @ error_NK) * x_MK).sum(-1, dtype=torch.float32)
+    return ((x_MK @ error_NK.t()) * gradient_MN).sum(-1, dtype=torch.float32)
 
 
 def _matrix(module: nn.Module) -> Tensor:

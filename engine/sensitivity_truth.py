@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bitpress.engine.calibrate import computing_in, enter
-from bitpress.engine.measure.logits import scorer_of, slices
+from bitpress.engine.measure.logits import Scorer, scorer_of, slices
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.model.load import compute_dtype
 from bitpress.engine.model.surgery import get
@@ -32,13 +32,21 @@ class Prefixes:
         self.dtype = compute_dtype(self.device.type)
         self.ids = [part.to(self.device) for part in ids_SL.split(batch)]
         self.blocks = list(get(model, anatomy.block_prefix).children())
+        self._scorer: Scorer | None = None
 
     @contextmanager
     def open(self) -> Iterator["Prefixes"]:
         """Compute in the fast type; the model's own weights are put back at the end."""
         with torch.inference_mode(), computing_in(self.model.parameters(), self.dtype):
-            self.scorer = scorer_of(self.model)
+            self._scorer = self._scorer or scorer_of(self.model)
             yield self
+
+    @property
+    def scorer(self) -> Scorer:
+        """Head and backbone apart. Raises RuntimeError before `open`."""
+        if self._scorer is None:
+            raise RuntimeError("the prefixes were not opened")
+        return self._scorer
 
     def take(self) -> None:
         """Keep the states under the weights of now; `first` [batches] enter block 0."""
@@ -89,6 +97,30 @@ class Prefixes:
             count += ids_BL.numel()
         return max(0.0, total / count)
 
+    def enter_again(self, number: int) -> None:
+        """Take the states that enter block 0 anew for one batch: the embedding has changed."""
+        hidden, _ = enter(self.model, self.anatomy, self.blocks, [self.ids[number]], self.dtype)
+        self.states[0][number] = hidden[0]
+
+    def score(self, number: int, block: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Of each window of a batch: NLL of the reference and of the model as it is now, KL and same-top-1, a value a predicted token [T - 1].
+
+        The states behind `block` are kept, so that the next change above it starts from them.
+        """
+        ids_BL = self.ids[number]
+        for index in range(block, len(self.blocks)):
+            self.states[index + 1][number] = self.through(index, self.states[index][number])
+        targets_P = torch.cat([ids_BL[:, 1:], ids_BL[:, :1]], dim=1).flatten()  # the last one of each window is cut below
+        columns: list[list[Tensor]] = [[], [], [], []]
+        start = 0
+        for dense_PV, log_sum_P, logits_PV in zip(self.dense[number], self.log_sums[number], self.logits(ids_BL, self.states[-1][number]), strict=True):
+            wanted_P = targets_P[start : start + len(logits_PV)]
+            for column, values in zip(columns, _compared(dense_PV, log_sum_P, logits_PV.to(self.dtype), wanted_P), strict=True):
+                column.append(values)
+            start += len(logits_PV)
+        rows = [torch.cat(column).view(ids_BL.shape)[:, :-1].cpu() for column in columns]
+        return list(zip(*(row.unbind(0) for row in rows), strict=True))
+
     def kl_without_block(self, block: int) -> float:
         """The same with a block left out: its input is its output."""
         kept, self.states[block + 1] = self.states[block + 1], self.states[block]
@@ -116,6 +148,17 @@ class Prefixes:
                 del block.forward
                 if forward is not None:
                     block.forward = forward
+
+
+def _compared(dense_PV: Tensor, log_sum_P: Tensor, other_PV: Tensor, targets_P: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """NLL of the reference, NLL of the other, KL, same-top-1, each [P]."""
+    same_P = dense_PV.argmax(-1) == other_PV.argmax(-1)
+    dense_PV, other_PV = dense_PV.float(), other_PV.float()
+    other_sum_P = other_PV.logsumexp(-1)
+    nll_dense_P = log_sum_P - dense_PV.gather(-1, targets_P[:, None])[:, 0]
+    nll_P = other_sum_P - other_PV.gather(-1, targets_P[:, None])[:, 0]
+    gap_P = (dense_PV - log_sum_P[:, None]).exp_().mul_(dense_PV - other_PV).sum(-1)
+    return nll_dense_P, nll_P, (gap_P + other_sum_P - log_sum_P).clamp_min(0.0), same_P
 
 
 def _kl_sum(dense_PV: Tensor, log_sum_P: Tensor, other_PV: Tensor) -> float:

@@ -18,8 +18,8 @@ from bitpress.app.ui.notices import error_markdown, guarded, plain, show_error
 from bitpress.app.ui.numbers import amount, duration, signed_percent
 from bitpress.app.ui.run_names import finished_runs
 from bitpress.app.ui.run_view import RunView
+from bitpress.app.ui.sensitivity_read import report_of
 from bitpress.app.ui.theme import AMOUNT
-from bitpress.engine import sensitivity_file
 from bitpress.engine.allocate import Allocation, Curve, allocate, price_of_a_byte, reasons
 from bitpress.engine.choices import Choices
 from bitpress.engine.errors import BitpressError
@@ -48,7 +48,7 @@ def autotune() -> None:
         return
     st.subheader("Autotune", anchor=False)
     st.markdown("Name a budget. Every layer gets the option that spends it best, by what each layer was measured to lose.")
-    report = sensitivity_file.find(anatomy.fingerprint, [FISHER])
+    report = report_of(anatomy, FISHER)
     if report is None:
         measure_first(anatomy)
         return

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import streamlit as st
 
 from bitpress.app import readings, state
-from bitpress.app.ui import controls, live_panel, model_picker
+from bitpress.app.ui import controls, live_panel, live_session, model_picker
 from bitpress.app.ui.answers import answers
 from bitpress.app.ui.equivalent import equivalent
 from bitpress.app.ui.exceptions_table import exceptions_table
@@ -47,8 +47,10 @@ def explore() -> None:
     status = run.status() if run else None
     working = status is not None and status.active
     st.session_state["drawn-selection"] = selected(state.MAP)
+    asking = live_session.follow(anatomy)
     every = POLL_SECONDS if working else None
-    part(head, every)(anatomy, run, working)
+    part(head, live_session.POLL_SECONDS if asking else every)(anatomy, run, working, asking)
+    live_session.toggle(anatomy)
     settings(anatomy)
     st.fragment(outcome, run_every=every)(run, working)  # always a fragment: its panes would be built anew, and jump, if it became one
     equivalent(state.session().recipe)
@@ -83,8 +85,10 @@ def current_run(anatomy: Anatomy) -> Run | None:
     return run or readings.measured_run(state.session().recipe, anatomy) or readings.recorded_run(state.session().recipe, state.session().preset)
 
 
-def head(anatomy: Anatomy, run: Run | None, was_working: bool) -> None:
-    """Cards, engine and map: what a job changes above the settings."""
+def head(anatomy: Anatomy, run: Run | None, was_working: bool, was_asking: bool) -> None:
+    """Cards, engine and map: what a job or a live session changes above the settings."""
+    if was_asking and not live_session.follow(anatomy):
+        st.rerun()
     status, view = look(run, was_working)
     recipe = state.session().recipe
     prediction = readings.predict(recipe, anatomy)

@@ -5,6 +5,7 @@ A figure of another recipe is shown only under the badge that says so.
 
 from bitpress.app import readings
 from bitpress.app.readings import Prediction
+from bitpress.app.ui import live_session
 from bitpress.app.ui.equivalent import command
 from bitpress.app.ui.metric_cards import Card, Known, ideal_speed_card, quality_card, size_card, speed_card
 from bitpress.app.ui.numbers import amount, signed_percent
@@ -26,7 +27,7 @@ def answers(recipe: Recipe, anatomy: Anatomy, prediction: Prediction, status: St
     if known is not None:
         return [_measured_size(known, anatomy, prediction, recipe), quality_card(known), speed_card(known)]
     before = known_of(run, "previous", recipe) if run is not None and not mine else None
-    quality = quality_card(before) if before else Card("How good", "", None, note=WAITING)
+    quality = live_session.quality(recipe, anatomy, command(recipe)) or (quality_card(before) if before else Card("How good", "", None, note=WAITING))
     return [
         _size(anatomy, prediction, recipe),
         quality,

@@ -104,7 +104,7 @@ def _parallel_figure(entries: Sequence[Entry], names: Sequence[str]) -> go.Figur
         axes.append({"label": heading(name), "values": values, "range": ends if ends[0] != ends[1] else [ends[0] - 1, ends[1] + 1]})
     first = [entry.figures[names[0]] for entry in entries]
     chart = go.Figure(
-        go.Parcoords(line={"color": first, "colorscale": [[0, "#e0a33e"], [0.5, "#00a5ab"], [1, "#43347a"]], "showscale": False}, dimensions=axes)
+        go.Parcoords(line={"color": first, "colorscale": [[0, "#e0a33e"], [0.5, "#00a5ab"], [1, "#7f8cf5"]], "showscale": False}, dimensions=axes)
     )
     chart.update_layout(height=360, margin={"l": 70, "r": 50, "t": 50, "b": 24})
     return chart

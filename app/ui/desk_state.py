@@ -52,6 +52,8 @@ def engine_of(status: Status | None, now: float | None = None) -> Engine:
         return Engine("starting", "The worker process is starting.")
     if status.phase == "loading":
         return Engine("loading", "The weights are being read into memory.")
+    if status.phase == "measuring":
+        return Engine("writing", "A recipe is measured, window by window.")
     if status.phase == "generating":
         return Engine("writing", "One token for each column in turn.")
     return Engine("ready", "The model is in memory; it is freed after ten minutes without a question.")

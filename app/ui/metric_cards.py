@@ -14,6 +14,7 @@ from bitpress.app.ui.numbers import THIN, amount, duration, file_size, signed_pe
 # Each badge is a word and a shape besides its colour.
 BADGES = {
     "measured": ":green-badge[:material/verified: measured]",
+    "live": ":green-badge[:material/bolt: measured, live]",
     "noisy": ":orange-badge[:material/graphic_eq: measured, noisy]",
     "recorded": ":violet-badge[:material/history: recorded]",
     "predicted": ":blue-badge[:material/calculate: predicted]",

@@ -33,6 +33,11 @@ def measured_of(anatomy: Anatomy) -> Measured | None:
     return Measured(tables, report.seconds, report.protocol) if tables else None
 
 
+def report_of(anatomy: Anatomy, kind: str) -> SensitivityReport | None:
+    """The newest whole measurement of these weights that has this kind, read once while nothing new is kept."""
+    return _found_with(anatomy.fingerprint, kind, _stamps())
+
+
 def _known(scores: dict[str, float], anatomy: Anatomy) -> dict[str, float]:
     return {layer: score for layer, score in scores.items() if layer in anatomy.by_name}
 
@@ -65,6 +70,11 @@ def _stamps() -> Stamps:
 @lru_cache(maxsize=8)
 def _found(fingerprint: str, stamps: Stamps) -> SensitivityReport | None:
     return sensitivity_file.find(fingerprint)
+
+
+@lru_cache(maxsize=8)
+def _found_with(fingerprint: str, kind: str, stamps: Stamps) -> SensitivityReport | None:
+    return sensitivity_file.find(fingerprint, [kind])
 
 
 @lru_cache(maxsize=2)

@@ -16,7 +16,7 @@ from bitpress.engine.runs.orders import append_order
 from bitpress.engine.runs.status import ACTIVE, Status, settled_state
 from bitpress.engine.runs.store import Run, Store
 
-KINDS = ("generate", "stop", "ping")
+KINDS = ("generate", "scheme", "stop", "ping")
 WORN_BYTES = 16 << 20  # a desk whose events have grown beyond this is not used again
 
 
@@ -34,8 +34,8 @@ class Desk:
     def order(self, kind: str, args: dict[str, Any] | None = None) -> str:
         """Ask for something; gives the order's id, which its events carry. Starts the worker again when it had ended.
 
-        `generate {sides: ["dense", run id...], prompt, sampling: {max_new, temperature, top_p, seed, stop}}`, `stop {}`,
-        `ping {}`. Raises InputError for another kind or an order above 4 KiB.
+        `generate {sides: ["dense", run id...], prompt, sampling: {max_new, temperature, top_p, seed, stop}}`, `scheme {recipe}` with
+        the digest of a recipe kept under `recipes/`, `stop {}`, `ping {}`. Raises InputError for another kind or an order above 4 KiB.
         """
         if kind not in KINDS:
             raise InputError(f"A desk has no order '{kind}'.", "", f"It knows {', '.join(KINDS)}.")

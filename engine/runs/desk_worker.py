@@ -1,7 +1,7 @@
-"""The resident worker's side of a desk: read orders, stream tokens, end every order in exactly one event. Knows order rules, no maths.
+"""The resident worker's side of a desk: read orders, stream answers, end every order in exactly one event. Knows order rules, no maths.
 
-A newer order of the same session and kind supersedes an older one at the next token. Orders are looked for every 20 ms,
-and between two tokens. Nothing asked for a while: the worker ends and its memory is free.
+A newer order of the same session and kind supersedes an older one at the next token or window. Orders are looked for every
+20 ms, and between two tokens or windows. Nothing asked for a while: the worker ends and its memory is free.
 """
 
 import os
@@ -12,6 +12,7 @@ from typing import Any
 
 from bitpress.engine.errors import BitpressError, InputError
 from bitpress.engine.runs import failures, samples
+from bitpress.engine.runs.desk_live import LiveDesk
 from bitpress.engine.runs.events import read_events
 from bitpress.engine.runs.orders import Inbox, Order, ended_orders
 from bitpress.engine.runs.resident import DENSE, Resident
@@ -42,6 +43,7 @@ class Desk:
     def __post_init__(self) -> None:
         self.inbox = Inbox(self.task.run.path)
         self.ended = ended_orders(self.task.run.path)
+        self.live = LiveDesk(self.resident)
 
     def end(self, order: Order, kind: str, data: dict[str, Any]) -> None:
         """The order's one end event."""
@@ -61,26 +63,26 @@ class Desk:
         elif order.kind == "stop":
             self._cut(order, "order_done", {"stopped": True})
             self.end(order, "order_done", {})
-        elif order.kind == "generate":
+        elif order.kind in ("generate", "scheme"):
             self._cut(order, "order_superseded", {"by": order.id})
             self.waiting.append(order)
         else:
-            refusal = InputError(f"A desk has no order '{order.kind}'.", "", "It knows generate, stop and ping.")
+            refusal = InputError(f"A desk has no order '{order.kind}'.", "", "It knows generate, scheme, stop and ping.")
             self.end(order, "order_failed", refusal.as_dict())
 
     def _cut(self, newer: Order, kind: str, data: dict[str, Any]) -> None:
-        """End the session's earlier generate orders: those that wait now, the one at work at its next token."""
-        for order in [order for order in self.waiting if order.session == newer.session]:
+        """End the session's earlier orders of the same kind, or of any at a stop: those that wait now, the one at work where it next looks."""
+        for order in [order for order in self.waiting if _replaces(newer, order)]:
             self.waiting.remove(order)
             self.end(order, kind, data)
-        if self.current is not None and self.current.session == newer.session and self.cut is None:
+        if self.current is not None and _replaces(newer, self.current) and self.cut is None:
             self.cut = (kind, data)
 
     def answer(self, order: Order) -> None:
-        """Generate, and end the order whatever happens."""
+        """Do what was asked, and end the order whatever happens."""
         self.current, self.cut = order, None
         try:
-            done = self._generate(order)
+            done = self._generate(order) if order.kind == "generate" else self._show(order)
             kind, data = self.cut or DONE
             self.end(order, kind, {**data, **done})
         except Exception as error:
@@ -103,14 +105,22 @@ class Desk:
             self.task.emit("sample", {"order": order.id, "side": side, **token})
         return {"sides": chorus.summary()}
 
+    def _show(self, order: Order) -> dict[str, Any]:
+        """A recipe on the live twin, window by window."""
+        self.task.phase("measuring")
+        return self.live.perform(order, self.task.emit, self._is_cut)
+
+    def _is_cut(self) -> bool:
+        """Whether the order at work has to end before its last token or window."""
+        self.look()
+        if self.cut is None and self.task.should_stop():
+            self.cut = ("order_failed", CLOSED.as_dict())
+        return self.cut is not None
+
     def _until_cut(self, tokens: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
         for item in tokens:
             yield item
-            self.look()
-            if self.cut is not None:
-                return
-            if self.task.should_stop():
-                self.cut = ("order_failed", CLOSED.as_dict())
+            if self._is_cut():
                 return
 
     def close(self) -> None:
@@ -118,6 +128,10 @@ class Desk:
         self.look()
         for order in self.waiting:
             self.end(order, "order_failed", CLOSED.as_dict())
+
+
+def _replaces(newer: Order, order: Order) -> bool:
+    return order.session == newer.session and newer.kind in ("stop", order.kind)
 
 
 def serve(task: Task, resident: Resident) -> None:
@@ -142,7 +156,7 @@ def serve(task: Task, resident: Resident) -> None:
 
 def _fail_lost(desk: Desk) -> None:
     """Orders that a killed worker had begun: their tokens stand in the file already, so they are not begun again."""
-    begun = {event.data.get("order") for event in read_events(desk.task.run.path / "events.jsonl") if event.kind == "sample"}
+    begun = {event.data.get("order") for event in read_events(desk.task.run.path / "events.jsonl") if event.kind in ("sample", "window")}
     for order in Inbox(desk.task.run.path).take():
         if order.id in begun and order.id not in desk.ended:
             desk.end(order, "order_failed", LOST.as_dict())

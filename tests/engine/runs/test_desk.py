@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bitpress.engine.errors import InputError
+from bitpress.engine.home import home
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.runs import jobs
 from bitpress.engine.runs.desk import Desk, open_desk
@@ -146,3 +147,32 @@ def test_orders_are_read_whole_and_once(tmp_path: Any) -> None:
         file.write(b'd": "ping", "newer": true}\n')
     assert [order.id for order in inbox.take()] == ["x"]
     assert inbox.take() == []
+
+
+def windows_of(desk: Desk, order: str) -> list[dict[str, Any]]:
+    return [event.data for event in desk.events_of(order) if event.kind == "window"]
+
+
+def kept(recipe: Recipe) -> str:
+    path = home() / "recipes" / f"{recipe.digest()}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(recipe.to_yaml())
+    return recipe.digest()
+
+
+def test_a_recipe_is_shown_live_window_by_window(desk: Desk, tiny_recipe: Callable[..., Recipe]) -> None:
+    eight, two = kept(tiny_recipe(8)), kept(tiny_recipe(2))
+    end = end_of(desk, desk.order("scheme", {"recipe": eight}))
+    assert end.kind == "order_done", end.data
+    windows = windows_of(desk, end.data["order"])
+    assert [window["index"] for window in windows] == list(range(len(windows)))
+    assert windows[-1].keys() >= {"nll_dense", "nll", "ratio", "low", "high"}
+    metrics = end.data["metrics"]
+    assert metrics["compressed"].keys() >= {"perplexity", "perplexity_ratio", "kl_mean", "same_top1", "bytes"}
+    assert metrics["dense"]["perplexity"] > 0
+    first = desk.order("scheme", {"recipe": two})
+    second = desk.order("scheme", {"recipe": eight})
+    assert end_of(desk, second).data["metrics"]["compressed"]["perplexity"] == pytest.approx(metrics["compressed"]["perplexity"], rel=1e-3)
+    assert end_of(desk, first).kind in ("order_superseded", "order_done")
+    assert end_of(desk, desk.order("scheme", {"recipe": "../../etc/passwd"})).kind == "order_failed"
+    assert end_of(desk, desk.order("ping")).kind == "order_done"
