@@ -121,10 +121,10 @@ def _share_paint(scheme: Scheme | None) -> Painted:
 
 
 def _rank_paint(part: Part, scheme: Scheme | None) -> Painted:
-    """Share of the break-even rank as colour, the rank as number; a whole matrix is the neutral grey."""
+    """Share of the break-even rank as colour, the rank as number; a whole matrix is the neutral grey and says full."""
     rank = part_rank(part, scheme)
     share = min(1.0, rank / break_even(part.out_features, part.in_features))
-    return (share, str(rank), share) if rank else (None, "", None)
+    return (share, str(rank), share) if rank else (None, "full", None)
 
 
 def _bytes_paint(size: int | None, largest: int) -> Painted:
