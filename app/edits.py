@@ -11,11 +11,12 @@ from bitpress.engine.accounting import settled
 from bitpress.engine.errors import InputError
 from bitpress.engine.methods.catalogue import kinds
 from bitpress.engine.model.anatomy import Anatomy
-from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme, SchemeLine, Stage, Structure, WeightPatch
+from bitpress.engine.recipe import EmbeddingScheme, KVCache, Recipe, Scheme, SchemeLine, Stage, Structure, WeightPatch
 from bitpress.engine.targets import covered, pattern_of, pattern_problem
 
 DENSE_BITS = 16
 PROTECTED_BITS = 8
+CACHE_WINDOW = 32  # tokens that stay dense where the cache is coded
 DEFAULT_METHODS = {"prune": "magnitude", "lowrank": "svd-llm", "quantize": "rtn"}  # in the order in which they run
 PARTS = ("weights", "sparsity", "rank")
 
@@ -39,6 +40,14 @@ def set_rank(recipe: Recipe, pattern: str, anatomy: Anatomy, keep: float) -> Rec
     if keep >= 1:
         return _with_line(recipe, {"match": pattern, "rank": "dense"}, anatomy)
     return _with_line(recipe, {"match": pattern, "rank": {"keep": keep}}, anatomy)
+
+
+def set_cache(recipe: Recipe, anatomy: Anatomy, bits: int, keep: float) -> Recipe:
+    """Width of cached keys and values (16 leaves them dense), and the share of their numbers that a latent keeps (1: all)."""
+    sides = {"keys": {"bits": bits, "axis": "channel"}, "values": {"bits": bits, "axis": "token"}, "residual_window": CACHE_WINDOW} if bits < DENSE_BITS else {}
+    latent = {"rank": {"keep": keep}} if keep < 1 else {}
+    changed = recipe.model_copy(update={"kv_cache": KVCache.model_validate({**sides, **latent}) if sides or latent else None})
+    return fit_stages(changed, anatomy)
 
 
 def protect(recipe: Recipe, anatomy: Anatomy, end: str, count: int) -> Recipe:
@@ -225,6 +234,8 @@ def difference(base: Recipe, now: Recipe, anatomy: Anatomy) -> list[tuple[str, s
     found = [(pattern_of(names, anatomy), old, new) for (old, new), names in changes.items()]
     ends = [("embedding", base.embedding, now.embedding), ("head", base.head, now.head)]
     found += [(name, _width(old), _width(new)) for name, old, new in ends if old != new]
+    caches = [("cache", describe_cache(base.kv_cache), describe_cache(now.kv_cache))] if base.kv_cache != now.kv_cache else []
+    found += caches
     methods = [" then ".join(stage.method for stage in recipe.stages) or "none" for recipe in (base, now)]
     return found + ([("methods", *methods)] if base.stages != now.stages else [])  # type: ignore[list-item]
 
@@ -242,6 +253,18 @@ def describe(scheme: Scheme | None) -> str:
     if scheme.rank:
         words.append(f"rank {scheme.rank.rank}" if scheme.rank.rank else f"rank {scheme.rank.keep:.0%} of break-even")
     return "; ".join(words) or "dense"
+
+
+def describe_cache(cache: KVCache | None) -> str:
+    """A cache scheme in a few words."""
+    if cache is None:
+        return "dense"
+    words = [f"{side} {scheme.bits} bit" for side, scheme in (("keys", cache.keys), ("values", cache.values)) if scheme]
+    if cache.rank:
+        words.append("latent, ranks by block" if cache.rank.ranks else f"latent {cache.rank.keep:.0%}")
+    if cache.window:
+        words.append(f"first {cache.window.sinks} and last {cache.window.recent} tokens")
+    return ", ".join(words)
 
 
 def _width(scheme: EmbeddingScheme | None) -> str:

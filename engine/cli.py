@@ -192,6 +192,50 @@ Budget = Annotated[float | None, typer.Option(min=0.0)]
 
 
 @app.command()
+def ranks(model: str, removed: Annotated[float, typer.Option(min=0.01, max=0.8, help="Share of the block linears' parameters to take away.")],
+          search: Annotated[str, typer.Option(help="5x1: a ratio a role; 5x4: one a role and quarter of the depth.")] = "5x1",
+          evaluations: Annotated[int, typer.Option(min=2, max=1000)] = 50, text: Text = "auto", seed: int = 0,
+          as_json: Json = False, home: Home = None) -> None:  # fmt: skip
+    """Look for the ranks that lose least at one size, by Bayesian optimisation; prints a recipe for `compress`."""
+    from bitpress.engine.model.library import model_path
+
+    model_path(model)
+    if search not in ("5x1", "5x4"):
+        raise InputError(f"There is no search '{search}'.", "", "Choose 5x1 or 5x4.")
+    run = _followed(jobs.submit("ranks", {"model": model, "removed": removed, "search": search, "evaluations": evaluations, "text": text, "seed": seed}))
+    found = run.result() or {}
+    if as_json:
+        _print_json(found)
+        return
+    print(Recipe.from_dict(found["recipe"]).to_yaml())
+    print(f"# best of {len(found['trials'])}: {_short(min(trial['objective'] for trial in found['trials']))} nats a token (perplexity and reverse KL)")
+
+
+@app.command("kv-ranks")
+def kv_ranks(model: str, keep: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the cache's width to keep.")] = 0.6,
+             heads: Annotated[str, typer.Option(help="joint, or each head by itself.")] = "joint",
+             as_json: Json = False, home: Home = None) -> None:  # fmt: skip
+    """Ranks of a latent KV cache from condition numbers; prints the recipe's `kv_cache`."""
+    import yaml
+
+    from bitpress.engine.kv_ranks import cache_of
+    from bitpress.engine.model import library
+    from bitpress.engine.model.anatomy import Anatomy
+
+    library.model_path(model)
+    if heads not in ("joint", "each"):
+        raise InputError(f"There is no '{heads}' of heads.", "", "Choose joint or each.")
+    path = library.anatomy_path(model)
+    if not path.exists():
+        _followed(jobs.submit("inspect", {"model": model}))
+    found = cache_of(Anatomy.load(path), library.stats_dir(model), keep, heads).model_dump(exclude_none=True, mode="json")  # type: ignore[arg-type]
+    if as_json:
+        _print_json({"kv_cache": found})
+    else:
+        print(yaml.safe_dump({"kv_cache": found, "stages": [{"method": "lorc"}]}, sort_keys=False, width=100))
+
+
+@app.command()
 def allocate(model: str, linear_bits: Budget = None, model_bits: Budget = None, bytes_: Annotated[float | None, typer.Option("--bytes")] = None,
              perplexity_ratio: Annotated[float | None, typer.Option(help="Predicted perplexity over dense, such as 1.1.")] = None,
              latency_s: Annotated[float | None, typer.Option(help="Predicted seconds a token, by the kept kernel bench.")] = None,

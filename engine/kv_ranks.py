@@ -1,14 +1,19 @@
-"""Ranks of a latent KV cache that fall from the first block to the last, from condition numbers (METHODS 4.1). Knows numbers; no weights.
+"""Ranks of a latent KV cache that fall from the first block to the last, from condition numbers (METHODS 4.1). Knows numbers and kept spectra; no weights.
 
 An error in block l passes through all blocks after it, so the product of their condition numbers says how much it may grow: early
 blocks keep more. d_l = d_max (1 - (max - log k_l) / (max - min) (1 - d_min / d_max)), k_l the product from block l on.
 """
 
+import json
 from collections.abc import Sequence
 from itertools import accumulate
 from math import log
+from pathlib import Path
+from typing import Literal
 
 from bitpress.engine.errors import InputError
+from bitpress.engine.model.anatomy import Anatomy
+from bitpress.engine.recipe import CacheRank, KVCache
 
 FLOOR = 1e-6  # smallest singular value, as a share of the largest, that is believed
 
@@ -33,6 +38,26 @@ def progressive_ranks(conditions: Sequence[float], width: int, keep: float, leas
         why = f"Some block would keep none of its {width} numbers."
         raise InputError(f"No ranks keep {keep:.1%} of the cache.", why, "Keep more, or set `least` nearer to 1.")
     return tuple(found)
+
+
+def measured_conditions(anatomy: Anatomy, stats: Path) -> list[float]:
+    """cond(W_k) * cond(W_v) of every block, from the spectra that `inspect` keeps. Raises InputError where there are none."""
+    found = [1.0] * anatomy.blocks
+    for part in anatomy.linears:
+        if part.role in ("k", "v") and part.block is not None:
+            try:
+                values = json.loads((stats / f"{part.name}.json").read_text(encoding="utf8"))["spectrum"]["value"]
+            except (OSError, ValueError, KeyError):
+                raise InputError("The spectra of this model are not known yet.", f"{part.name} has none.", "Inspect the model first.") from None
+            found[part.block] *= 1 / max(values[-1], FLOOR)
+    return found
+
+
+def cache_of(anatomy: Anatomy, stats: Path, keep: float, heads: Literal["joint", "each"] = "joint") -> KVCache:
+    """A latent cache of this share of the dense one's width, its ranks falling from the first block to the last."""
+    runs = anatomy.kv_heads if heads == "each" else 1
+    ranks = progressive_ranks(measured_conditions(anatomy, stats), anatomy.kv_heads * anatomy.head_dim, keep, runs=runs)
+    return KVCache(rank=CacheRank(keep=keep, ranks=ranks, heads=heads))
 
 
 def _ranks(shares: Sequence[float], most: float, width: int, runs: int) -> list[int]:

@@ -8,7 +8,7 @@ a token. What a proposal shares with one tried before, from the first block up t
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import optuna
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from bitpress.engine.calibrate import walk
+from bitpress.engine.calibration_set import calibration_set
 from bitpress.engine.errors import Cancelled, InputError
 from bitpress.engine.methods.lowrank.pipeline import output_moment
 from bitpress.engine.model import surgery
 from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.model.load import Loaded
+from bitpress.engine.recipe import Recipe
 from bitpress.engine.sensitivity_truth import Prefixes
 
 GROUPS = {"qk": ("q", "k"), "o": ("o",), "gate": ("gate",), "up": ("up",), "down": ("down",)}
@@ -29,7 +31,9 @@ LOWEST, STEP = 0.2, 8  # least share of a matrix's parameters; ranks are multipl
 QUARTERS = 4
 PREFIXES = 24  # of each batch, the latest ones
 HOPELESS = 2.0  # nats above the best so far at half of the text: the rest is not read
+HELD_OUT, OBJECTIVE_LENGTH = 16, 256  # sequences, and tokens of each, that only the objective sees
 Ratios = dict[str, float]
+Emit = Callable[[str, dict[str, Any]], object]
 
 
 @dataclass(frozen=True)
@@ -239,6 +243,27 @@ def search_ranks(
             study.tell(asked, trials[-1].objective)
             on_trial(trials[-1])
     return trials, space.lines(min(trials, key=lambda trial: trial.objective).ratios)
+
+
+def search_recipe(
+    loaded: Loaded, plan: Recipe, removed: float, kind: Literal["5x1", "5x4"], evaluations: int, emit: Emit, should_stop: Callable[[], bool] = lambda: False
+) -> tuple[Recipe, list[dict[str, Any]]]:
+    """The plan with the best ranks found in place of its lines, and all trials as plain values. Says `trial` and `progress` after each.
+
+    The plan's calibration names the text: 16 sequences of it are kept for the objective, the directions see the others only.
+    """
+    drawn = calibration_set(loaded, plan.calibration.model_copy(update={"sequences": plan.calibration.sequences + HELD_OUT}), plan.seed).ids_SL
+    emit("stage_started", {"stage": "searching ranks", "total": evaluations})
+    told: list[dict[str, Any]] = []
+
+    def tell(trial: Trial) -> None:
+        told.append(asdict(trial))
+        emit("trial", told[-1])
+        emit("progress", {"done": len(told), "total": evaluations})
+
+    text_SL = drawn[-HELD_OUT:, :OBJECTIVE_LENGTH]
+    _, lines = search_ranks(loaded, drawn[:-HELD_OUT], text_SL, 1 - removed, kind, evaluations, plan.seed, on_trial=tell, should_stop=should_stop)
+    return Recipe.from_dict({**plan.to_dict(), "schemes": lines, "stages": [{"method": "bolaco"}]}), told
 
 
 def _study(seed: int, random: bool) -> Any:

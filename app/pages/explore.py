@@ -8,6 +8,7 @@ import streamlit as st
 from bitpress.app import readings, state
 from bitpress.app.ui import controls, live_panel, live_session, model_picker
 from bitpress.app.ui.answers import answers
+from bitpress.app.ui.cache_controls import cache_controls
 from bitpress.app.ui.equivalent import equivalent
 from bitpress.app.ui.exceptions_table import exceptions_table
 from bitpress.app.ui.layer_detail import layer_detail
@@ -216,6 +217,7 @@ def settings(anatomy: Anatomy) -> None:
             controls.rank_controls(anatomy, schemes)
         with right:
             controls.end_controls(anatomy)
+            cache_controls(anatomy)
             controls.protect_controls(anatomy)
             controls.drop_controls(anatomy)
         # Drawn when it is opened, as the table is the slowest widget of the page.

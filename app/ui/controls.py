@@ -82,7 +82,9 @@ def try_edit(change: Callable[[], Recipe]) -> None:
         state.session().notice = error
 
 
-def _on(key: str, change: Callable[[Recipe, Any], Recipe]) -> Callable[[], None]:
+def on_edit(key: str, change: Callable[[Recipe, Any], Recipe]) -> Callable[[], None]:
+    """The callback of a widget: put the recipe that its value makes on screen."""
+
     def take() -> None:
         value = st.session_state[key]
         if value is not None:
@@ -105,7 +107,7 @@ def weight_controls(anatomy: Anatomy, schemes: Mapping[str, Scheme]) -> None:
     st.session_state["bits"] = common(widths)
     mixed = f"Bits of {words}" + (f" · now {', '.join(map(str, widths))}" if len(widths) > 1 else "")
     st.segmented_control(
-        mixed, WIDTHS, key="bits", on_change=_on("bits", lambda recipe, bits: edits.set_weights(recipe, pattern, anatomy, bits=bits)),
+        mixed, WIDTHS, key="bits", on_change=on_edit("bits", lambda recipe, bits: edits.set_weights(recipe, pattern, anatomy, bits=bits)),
         help="Bits a weight. 16 leaves the layer as it is.",
     )  # fmt: skip
     coded = [scheme.weights for scheme in mine if scheme.weights]
@@ -114,7 +116,7 @@ def weight_controls(anatomy: Anatomy, schemes: Mapping[str, Scheme]) -> None:
         st.session_state["symmetric"] = bool(common([scheme.symmetric for scheme in coded]))
         st.toggle(
             "Symmetric", key="symmetric", disabled=not coded, help="Levels lie evenly around zero and no zero point is stored.",
-            on_change=_on("symmetric", lambda recipe, on: edits.set_weights(recipe, pattern, anatomy, symmetric=on)),
+            on_change=on_edit("symmetric", lambda recipe, on: edits.set_weights(recipe, pattern, anatomy, symmetric=on)),
         )  # fmt: skip
 
 
@@ -124,7 +126,7 @@ def _group_control(pattern: str, anatomy: Anatomy, coded: list[Any]) -> None:
     st.session_state["group"] = found
     st.segmented_control(
         "Group", options, key="group", disabled=not coded, format_func=lambda size: str(size) if size else "row",
-        on_change=_on("group", lambda recipe, size: edits.set_weights(recipe, pattern, anatomy, group_size=size)),
+        on_change=on_edit("group", lambda recipe, size: edits.set_weights(recipe, pattern, anatomy, group_size=size)),
         help="Weights that share one scale. Smaller groups are closer to the weights and cost more bits.",
     )  # fmt: skip
 
@@ -151,12 +153,12 @@ def sparsity_controls(anatomy: Anatomy, schemes: Mapping[str, Scheme]) -> None:
     with left:
         mixed = " · now mixed" if len(ratios) > 1 else ""
         st.slider(
-            f"Zeros in {words}, %{mixed}", 0, 90, step=round(100 * GRID), key="zeros", on_change=_on("zeros", slide),
+            f"Zeros in {words}, %{mixed}", 0, 90, step=round(100 * GRID), key="zeros", on_change=on_edit("zeros", slide),
             help="Share of weights set to zero. Stored dense until a format stores them smaller: 0 % smaller, and the card says so.",
         )  # fmt: skip
     with right:
         help_text = "2:4 zeroes two of every four neighbours, 4:8 four of every eight."
-        st.segmented_control("Pattern", PATTERNS, key="zeros-pattern", on_change=_on("zeros-pattern", change), help=help_text)
+        st.segmented_control("Pattern", PATTERNS, key="zeros-pattern", on_change=on_edit("zeros-pattern", change), help=help_text)
 
 
 def rank_controls(anatomy: Anatomy, schemes: Mapping[str, Scheme]) -> None:
@@ -166,7 +168,7 @@ def rank_controls(anatomy: Anatomy, schemes: Mapping[str, Scheme]) -> None:
     st.session_state["rank"] = max(RANK_STEP, round(100 * (common(list(shares)) or 1.0) / RANK_STEP) * RANK_STEP)
     st.slider(
         f"Rank of {words}, % of break-even{' · now mixed' if len(shares) > 1 else ''}", RANK_STEP, 100, step=RANK_STEP, key="rank",
-        on_change=_on("rank", lambda recipe, percent: edits.set_rank(recipe, pattern, anatomy, percent / 100)),
+        on_change=on_edit("rank", lambda recipe, percent: edits.set_rank(recipe, pattern, anatomy, percent / 100)),
         help="Below 100 a layer becomes two thin factors with that share of its parameters. At 100, break-even, it stays whole: factors are no smaller.",
     )  # fmt: skip
     names = edits.covered(pattern, anatomy)
@@ -186,7 +188,7 @@ def protect_controls(anatomy: Anatomy) -> None:
     for column, end in zip(st.columns(2), ("first", "last"), strict=True):
         key = f"protect-{end}"
         st.session_state[key] = min(edits.protected(recipe, end), most)
-        change = _on(key, lambda recipe, count, end=end: edits.protect(recipe, anatomy, end, count))
+        change = on_edit(key, lambda recipe, count, end=end: edits.protect(recipe, anatomy, end, count))
         column.slider(f"Keep {end} blocks at {edits.PROTECTED_BITS} bit", 0, most, key=key, on_change=change)
 
 
@@ -195,10 +197,12 @@ def end_controls(anatomy: Anatomy) -> None:
     recipe = state.session().recipe
     st.session_state["embedding-bits"] = recipe.embedding.bits if recipe.embedding else edits.DENSE_BITS
     label = "Embedding and tied head bits" if anatomy.tied else "Embedding bits"
-    st.segmented_control(label, WIDTHS, key="embedding-bits", on_change=_on("embedding-bits", lambda recipe, bits: edits.set_embedding(recipe, anatomy, bits)))
+    st.segmented_control(
+        label, WIDTHS, key="embedding-bits", on_change=on_edit("embedding-bits", lambda recipe, bits: edits.set_embedding(recipe, anatomy, bits))
+    )
     if anatomy.head is not None:
         st.session_state["head-bits"] = recipe.head.bits if recipe.head else edits.DENSE_BITS
-        st.segmented_control("Head bits", WIDTHS, key="head-bits", on_change=_on("head-bits", lambda recipe, bits: edits.set_head(recipe, anatomy, bits)))
+        st.segmented_control("Head bits", WIDTHS, key="head-bits", on_change=on_edit("head-bits", lambda recipe, bits: edits.set_head(recipe, anatomy, bits)))
 
 
 def drop_controls(anatomy: Anatomy) -> None:

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from math import log10
 from typing import Any
 
-from bitpress.app.edits import DENSE_BITS, describe
+from bitpress.app.edits import DENSE_BITS, describe, describe_cache
 from bitpress.app.ui.layer_map import Cell, Legend
 from bitpress.app.ui.numbers import TIMES, amount, file_size, whole
 from bitpress.app.ui.theme import AMOUNT, HARM
-from bitpress.engine.accounting import Size, break_even, part_rank
+from bitpress.engine.accounting import Size, break_even, cache_bytes, part_rank
 from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.recipe import Recipe, Scheme
 
@@ -150,8 +150,9 @@ def _ends(picture: Picture, overlay: str) -> list[Cell]:
         cells.append(_end(picture, overlay, anatomy.head, recipe.head.bits if recipe.head else DENSE_BITS))
     else:
         cells.append(Cell(HEAD, "head", title="Head: tied to the embedding, stored once", text="tied"))
-    cache = f"{file_size(anatomy.kv_bytes_per_token)} a token"
-    return [*cells, Cell(CACHE, "KV cache", title=f"KV cache: 16 bit, {cache}", text="16 bit" if overlay == "bits" else cache)]
+    cache = f"{file_size(round(cache_bytes(recipe, anatomy, anatomy.context) / anatomy.context))} a token"
+    width = f"{recipe.kv_cache.keys.bits if recipe.kv_cache and recipe.kv_cache.keys else DENSE_BITS} bit"
+    return [*cells, Cell(CACHE, "KV cache", title=f"KV cache: {describe_cache(recipe.kv_cache)}, {cache}", text=width if overlay == "bits" else cache)]
 
 
 def _end(picture: Picture, overlay: str, part: Part, bits: int) -> Cell:

@@ -154,6 +154,16 @@ def sensitivity(task: Task) -> None:
     task.write("result.json", report.to_dict())
 
 
+def ranks(task: Task) -> None:
+    """Look for ranks. Args: `model`, `removed` (share of the parameters), `search` (5x1, 5x4), `evaluations`, `seed`, `text`. Says `trial` after each."""
+    from bitpress.engine.rank_search import search_recipe
+
+    loaded, asked = _loaded(task, task.args["model"]), task.args
+    plan = Recipe.from_dict({"model": asked["model"], "calibration": {"text": asked.get("text") or "auto"}, "seed": asked.get("seed", 0)})
+    found, trials = search_recipe(loaded, plan, asked["removed"], asked.get("search", "5x1"), asked.get("evaluations", 50), task.emit, task.should_stop)
+    task.write("result.json", {"recipe": found.to_dict(), "trials": trials})
+
+
 def inspection(task: Task) -> None:
     """Write `anatomy.json`, `stats/` and the method catalogue. Args: `model`."""
     loaded = _loaded(task, task.args["model"])
@@ -225,7 +235,7 @@ def desk(task: Task) -> None:
 
 
 KINDS: dict[str, Callable[[Task], None]] = {
-    "compress": compress, "measure": measure, "sensitivity": sensitivity, "inspect": inspection, "install": installation,
+    "compress": compress, "measure": measure, "sensitivity": sensitivity, "ranks": ranks, "inspect": inspection, "install": installation,
     "generate": generation, "desk": desk,
 }  # fmt: skip
 

@@ -77,6 +77,16 @@ def test_a_rank_brings_its_stage_before_the_rounding_and_takes_it_away(recipe: R
     assert [stage.method for stage in whole.stages] == ["rtn"] and whole.resolve(anatomy)[UP3].rank is None
 
 
+def test_the_cache_gets_bits_and_a_latent_with_its_stage(recipe: Recipe, anatomy: Anatomy) -> None:
+    coded = edits.set_cache(recipe, anatomy, 4, 1.0)
+    assert coded.kv_cache.keys.axis == "channel" and coded.kv_cache.values.axis == "token" and coded.kv_cache.rank is None
+    assert coded.stages == recipe.stages
+    both = edits.set_cache(coded, anatomy, 4, 0.6)
+    assert both.kv_cache.rank.keep == 0.6 and [stage.method for stage in both.stages] == ["svd-llm", "rtn"]
+    assert ("cache", "dense", "keys 4 bit, values 4 bit, latent 60%") in edits.difference(recipe, both, anatomy)
+    assert edits.set_cache(both, anatomy, 16, 1.0) == recipe
+
+
 def test_two_of_four_is_always_a_half(recipe: Recipe, anatomy: Anatomy) -> None:
     assert edits.set_sparsity(recipe, "*", anatomy, 0.3, "2:4").resolve(anatomy)[Q0].sparsity.ratio == 0.5
 

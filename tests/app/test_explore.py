@@ -124,6 +124,19 @@ def test_the_rank_of_a_selection(open_page: Callable[..., AppTest], anatomy: Ana
     assert not app.exception
 
 
+def test_the_cache_and_its_bytes(open_page: Callable[..., AppTest]) -> None:
+    app = open_page()
+    app.button_group(key="cache-bits").set_value(4).run()
+    app.slider(key="cache-rank").set_value(50).run()
+    cache = recipe_of(app).kv_cache
+    assert (cache.keys.bits, cache.rank.keep) == (4, 0.5)
+    assert "times smaller at" in words(app)
+    app.slider(key="cache-rank").set_value(100).run()
+    app.button_group(key="cache-bits").set_value(16).run()
+    assert recipe_of(app).kv_cache is None
+    assert not app.exception
+
+
 def test_presets_can_be_chosen_and_taken_back(open_page: Callable[..., AppTest], preset_recipe: Callable[[str], Recipe]) -> None:
     app = open_page()
     app.selectbox(key="preset").set_value("half-the-layers").run()

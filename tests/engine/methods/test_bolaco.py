@@ -1,5 +1,6 @@
 """Bolaco: centred directions and a bias, the bias in files and bytes; pooled covariance; ranks searched within their window."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from bitpress.engine.accounting import removed_share, size_of
 from bitpress.engine.calibration_set import CalibrationSet
 from bitpress.engine.compress import compress, load_compressed
 from bitpress.engine.errors import InputError
-from bitpress.engine.kv_ranks import progressive_ranks
+from bitpress.engine.kv_ranks import cache_of, progressive_ranks
 from bitpress.engine.layer_store import LayerStore
 from bitpress.engine.methods import registry
 from bitpress.engine.methods.catalogue import check_stages
@@ -144,6 +145,17 @@ def test_a_share_that_no_ranks_meet_is_refused(in_memory: Build) -> None:
         Space(in_memory("gpt2").anatomy.model_copy(update={"linears": ()}), QUARTERS)
 
 
+def test_a_search_as_a_recipe_tells_its_trials(in_memory: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, told = in_memory("llama", **dimensions()), []
+    ids_SL = torch.randint(2, 320, (20, 24), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(rank_search, "calibration_set", lambda *_: CalibrationSet("made up", 0, "sha", ids_SL))
+    plan = Recipe.from_dict({"model": "llama", "calibration": {"sequences": 4}})
+    found, trials = rank_search.search_recipe(loaded, plan, 0.3, "5x1", 3, lambda kind, data: told.append((kind, data)))
+    assert [data for kind, data in told if kind == "trial"] == trials and len(trials) == 3
+    assert found.stages[0].method == "bolaco" and removed_share(found, loaded.anatomy) == pytest.approx(1 - min(trials, key=lambda t: t["objective"])["keep"])
+    assert found.validate_for(loaded.anatomy) == []
+
+
 # Ranks of a latent cache -----------------------------------------------------------------------------------------
 
 
@@ -157,3 +169,16 @@ def test_progressive_ranks_fall_and_meet_the_budget() -> None:
     assert len(set(progressive_ranks([1.0, 1.0, 1.0], 192, 0.5))) == 1, "nothing grows: all alike"
     with pytest.raises(InputError, match=r"No ranks keep 0\.1%"):
         progressive_ranks([5.0, 7.0], 32, 0.001)
+
+
+def test_spectra_give_the_conditions(paper: Callable[..., Anatomy], tmp_path: Any) -> None:
+    anatomy = paper()
+    with pytest.raises(InputError, match="spectra of this model are not known"):
+        cache_of(anatomy, tmp_path, 0.5)
+    for part in anatomy.linears:
+        (tmp_path / f"{part.name}.json").write_text(json.dumps({"spectrum": {"index": [1, 2], "value": [1.0, 0.1]}}))
+    cache = cache_of(anatomy, tmp_path, 0.5, "each")
+    assert cache.rank is not None and cache.rank.ranks is not None
+    assert sum(cache.rank.ranks) <= 0.5 * 32 * 4 and all(rank % 2 == 0 for rank in cache.rank.ranks)
+    plan = Recipe.from_dict({"model": "paper", "kv_cache": cache.model_dump(exclude_none=True, mode="json"), "stages": [{"method": "lorc"}]})
+    assert plan.validate_for(anatomy) == [] and check_stages(plan, anatomy, registry.catalogue()) == []
