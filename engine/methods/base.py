@@ -150,6 +150,10 @@ class BlockOptions(MethodOptions):
         default=True, title="Weigh the start by inputs",
         description="In the start, errors of weights whose inputs are large count more, by the inputs' mean square on the calibration text.",
     )  # fmt: skip
+    compensate: bool = Field(
+        default=True, title="Start as GPTQ rounds",
+        description="The start makes up for each rounding error in the weights that are rounded later. Off: every weight starts at its own nearest level.",
+    )  # fmt: skip
     loss: Literal["per_token", "plain"] = Field(
         default="per_token", title="Error that is lowered",
         description="per_token: each token's squared error over its size, as the next norm sees it. plain: as published; a huge first token can fill it.",
@@ -164,8 +168,9 @@ class BlockMethod(Method):
     Options: ClassVar[type[MethodOptions]] = BlockOptions
 
     def needs_for(self, options: Any) -> frozenset[str]:
-        """What weighs the errors of the start."""
-        return frozenset({"second_moment"}) if options.by_inputs else self.needs
+        """What weighs the errors of the start, and what makes up for them."""
+        wanted = {"gram": options.compensate, "second_moment": options.by_inputs}
+        return self.needs | {name for name, needed in wanted.items() if needed}
 
     @abstractmethod
     def start(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: Any) -> LearnedWeight:

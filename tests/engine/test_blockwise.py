@@ -85,7 +85,7 @@ def test_the_start_is_kept_when_every_step_makes_it_worse(in_memory: Build, exac
 
 def test_training_helps(in_memory: Build, exact: None) -> None:
     ids = torch.randint(0, 320, (24, 32), generator=torch.Generator().manual_seed(1))
-    _, said = made(in_memory("llama"), recipe(options={"steps": 40, "rate": 5e-3, "sequences": 4}), ids=ids)
+    _, said = made(in_memory("llama"), recipe(options={"steps": 40, "rate": 5e-3, "sequences": 4, "compensate": False}), ids=ids)
     first = [data for data in losses(said) if data["block"] == 0]
     assert first[-1]["best"] < 0.97 * first[0]["start"]
     assert [data["step"] for data in first] == sorted({data["step"] for data in first})

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import BlockMethod, BlockOptions, LearnedWeight, Outcome, Statistics
-from bitpress.engine.methods.quantize.learned import Reshape, searched_grid
+from bitpress.engine.methods.quantize.learned import Reshape, compensated, searched_grid, uniform_levels
 from bitpress.engine.methods.quantize.pipeline import SCALE_DTYPE, Codes, Grid, decode, encode
 from bitpress.engine.recipe import BITS, Scheme, WeightScheme
 
@@ -36,17 +36,18 @@ class FlexRound(BlockMethod):
         """The grid of a clip search with error |e|**2.4, and no factors."""
         if scheme.weights is None:
             raise ValueError("flexround was given a scheme without weights")
-        return FlexRoundWeight(weight_NK, scheme.weights, options, stats.get("second_moment"))
+        return FlexRoundWeight(weight_NK, scheme.weights, options, stats)
 
 
 class FlexRoundWeight(LearnedWeight):
     """One matrix under FlexRound."""
 
-    def __init__(self, weight_NK: Tensor, scheme: WeightScheme, options: FlexRoundOptions, importance_K: Tensor | None) -> None:
+    def __init__(self, weight_NK: Tensor, scheme: WeightScheme, options: FlexRoundOptions, stats: Statistics) -> None:
         super().__init__()
         self.scheme, self.options = scheme, options
-        grid = searched_grid(weight_NK, scheme, importance_K)
-        self.reshape = Reshape(weight_NK, scheme.group_size, grid.scale)
+        grid = searched_grid(weight_NK, scheme, stats.get("second_moment"))
+        start_NK = compensated(weight_NK, scheme.group_size, uniform_levels(grid, len(weight_NK)), stats)
+        self.reshape = Reshape(start_NK, scheme.group_size, grid.scale)
         self.zero_R1 = grid.zero
 
     def grid(self) -> Grid:

@@ -10,15 +10,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitpress.engine.methods.base import Statistics
+from bitpress.engine.methods.obs import BLOCK, factorise, sweep
 from bitpress.engine.methods.quantize.binary import shares_of, signs
 from bitpress.engine.methods.quantize.pipeline import ClipSearch, Grid, search_grid, to_groups
 from bitpress.engine.recipe import WeightScheme
+
+DAMPING = 0.01  # GPTQ's
 
 
 def searched_grid(weight_NK: Tensor, scheme: WeightScheme, importance_K: Tensor | None) -> Grid:
     """The uniform grid that every group starts with, [R, 1] each: of a clip search with error |e|**2.4, times each input's importance."""
     importance = None if importance_K is None else to_groups(shares_of(importance_K).expand_as(weight_NK), scheme.group_size).flatten(0, 1)
     return search_grid(to_groups(weight_NK, scheme.group_size).flatten(0, 1), scheme, ClipSearch(), importance)
+
+
+def compensated(weight_NK: Tensor, group_size: int, levels_NGL: Tensor, stats: Statistics, has_zero: bool = True) -> Tensor:
+    """The matrix whose every weight, rounded to its nearest level, makes up for the rounding of those before it (METHODS 15.2).
+
+    levels_NGL: the levels of every group of every row. Without second moments ("gram") of the inputs, the weights as they are.
+    has_zero: 0 is a level, and weights that are 0 keep it: they may be pruned.
+    """
+    if "gram" not in stats:
+        return weight_NK
+    seen_NK, size = torch.zeros_like(weight_NK), group_size or weight_NK.shape[1]
+    free_NK = weight_NK != 0 if has_zero else torch.ones_like(weight_NK, dtype=torch.bool)
+
+    def round_column(made_NK: Tensor, column: int) -> Tensor:
+        levels_NL, seen_N = levels_NGL[:, column // size], made_NK[:, column]
+        seen_NK[:, column] = torch.where(free_NK[:, column], seen_N, 0.0)
+        return levels_NL.gather(1, (levels_NL - seen_N[:, None]).abs_().argmin(dim=1, keepdim=True))[:, 0]
+
+    factor_KK = factorise(stats["gram"], DAMPING).upper_KK
+    sweep(weight_NK, factor_KK, lambda made_NS, _, at: free_NK[:, at : at + made_NS.shape[1]], BLOCK, round_column)
+    return seen_NK
+
+
+def uniform_levels(grid: Grid, rows: int) -> Tensor:
+    """The levels of groups [R, 1] as [N, G, L]."""
+    return ((torch.arange(grid.top + 1) - grid.zero) * grid.scale).view(rows, -1, grid.top + 1)
 
 
 class Reshape(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import BlockMethod, BlockOptions, LearnedWeight, Outcome, Statistics
-from bitpress.engine.methods.quantize.learned import searched_grid
+from bitpress.engine.methods.quantize.learned import compensated, searched_grid, uniform_levels
 from bitpress.engine.methods.quantize.pipeline import SCALE_DTYPE, Codes, Grid, decode, encode, group_range, make_grid, to_groups
 from bitpress.engine.recipe import BITS, Scheme, WeightScheme
 
@@ -41,19 +41,21 @@ class OmniQuant(BlockMethod):
         """Every group's range, cut as the options say."""
         if scheme.weights is None:
             raise ValueError("omniquant was given a scheme without weights")
-        return ClippedWeight(weight_NK, scheme.weights, options, stats.get("second_moment"))
+        return ClippedWeight(weight_NK, scheme.weights, options, stats)
 
 
 class ClippedWeight(LearnedWeight):
     """One matrix with learned ends."""
 
-    def __init__(self, weight_NK: Tensor, scheme: WeightScheme, options: OmniQuantOptions, importance_K: Tensor | None) -> None:
+    def __init__(self, weight_NK: Tensor, scheme: WeightScheme, options: OmniQuantOptions, stats: Statistics) -> None:
         super().__init__()
         self.scheme, self.options, self.shape = scheme, options, tuple(weight_NK.shape)
-        self.groups_Rg = to_groups(weight_NK, scheme.group_size).flatten(0, 1)
-        self.low_R1, self.high_R1 = group_range(self.groups_Rg)
-        strength = torch.full_like(self.low_R1, START) if options.start == "wide" else self.strength_of(searched_grid(weight_NK, scheme, importance_K))
+        self.low_R1, self.high_R1 = group_range(to_groups(weight_NK, scheme.group_size).flatten(0, 1))
+        searched = self.strength_of(searched_grid(weight_NK, scheme, stats.get("second_moment")))
+        strength = torch.full_like(searched, START) if options.start == "wide" else searched
         self.lower, self.upper = nn.Parameter(strength), nn.Parameter(strength.clone())
+        levels_NGL = uniform_levels(self.grid(), len(weight_NK))
+        self.groups_Rg = to_groups(compensated(weight_NK, scheme.group_size, levels_NGL, stats), scheme.group_size).flatten(0, 1)
 
     def strength_of(self, grid: Grid) -> Tensor:
         """The strength of both ends that gives each group the scale of a narrower grid; at most the wide one's."""

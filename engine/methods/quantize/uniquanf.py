@@ -25,7 +25,7 @@ from bitpress.engine.methods.quantize.binary import (
     uniform_planes,
     weighted_mean,
 )  # fmt: skip
-from bitpress.engine.methods.quantize.learned import LevelSum, Reshape
+from bitpress.engine.methods.quantize.learned import LevelSum, Reshape, compensated
 from bitpress.engine.methods.quantize.pipeline import ClipSearch, search_grid
 from bitpress.engine.recipe import FORMAT_BITS, Scheme, WeightScheme
 
@@ -68,7 +68,7 @@ class UniQuanF(BlockMethod):
         """The unified start, or the best of three starts."""
         if scheme.weights is None:
             raise ValueError("uniquanf was given a scheme without weights")
-        return UnifiedWeight(weight_NK, scheme.weights, options, stats.get("second_moment"))
+        return UnifiedWeight(weight_NK, scheme.weights, options, stats)
 
 
 def first_planes(groups_Rg: Tensor, bits: int, options: UniQuanFOptions, importance_Rg: Tensor | None) -> Planes:
@@ -89,13 +89,16 @@ class UnifiedWeight(LearnedWeight):
     steps too: shift = -offset * scale.
     """
 
-    def __init__(self, weight_NK: Tensor, scheme: WeightScheme, options: UniQuanFOptions, importance_K: Tensor | None) -> None:
+    def __init__(self, weight_NK: Tensor, scheme: WeightScheme, options: UniQuanFOptions, stats: Statistics) -> None:
         super().__init__()
         self.options, self.bits = options, scheme.bits
-        planes = fit_rows(weight_NK, scheme.group_size, lambda *groups: first_planes(groups[0], scheme.bits, options, groups[1]), importance_K)
+        planes = fit_rows(weight_NK, scheme.group_size, lambda *groups: first_planes(groups[0], scheme.bits, options, groups[1]), stats.get("second_moment"))
         scale = planes.alphas.sum(dim=1, keepdim=True).mul_(2 / (2**scheme.bits - 1))
         scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)
-        self.reshape = Reshape(weight_NK, scheme.group_size, scale)
+        stored = planes.stored()
+        levels_NGL = (stored.levels() + stored.shift).view(len(weight_NK), -1, 2**scheme.bits)
+        start_NK = compensated(weight_NK, scheme.group_size, levels_NGL, stats, has_zero=False)
+        self.reshape = Reshape(start_NK, scheme.group_size, scale)
         self.alphas = nn.Parameter(planes.alphas / scale)
         self.offset_R1 = -planes.shift / scale
         self.places_Rg: Tensor | None = None

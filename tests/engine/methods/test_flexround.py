@@ -86,3 +86,33 @@ def test_training_lowers_the_error_of_a_layer(name: str) -> None:
         loss.backward()
         optimiser.step()
     assert output_error(learned, weights, fresh) < 0.99 * before
+
+
+@pytest.mark.parametrize("name", ["flexround", "omniquant", "uniquanf"])
+def test_the_start_is_that_of_gptq_where_second_moments_are_known(name: str) -> None:
+    weights, generator = weights_of(8, 16, 48), torch.Generator().manual_seed(8)
+    weights[:, 5] = 0
+    x_MK = torch.randn(256, 48, generator=generator) @ torch.randn(48, 48, generator=generator)
+    gram = (x_MK.t() @ x_MK / 256).double()
+    method = registry.get(name)
+    scheme = Scheme(weights=WeightScheme(bits=3, group_size=20, format="bcq" if name == "uniquanf" else "uniform"))
+    options = method.parse({})
+    assert method.needs_for(options) == {"gram", "second_moment"}
+    assert method.needs_for(method.parse({"compensate": False, "by_inputs": False})) == set()
+    plain, made = (method.start(weights, scheme, stats, options).outcome().weight_NK for stats in ({}, {"gram": gram}))
+    before, after = ((x_MK @ (stored - weights).t()).square().mean() for stored in (plain, made))
+    assert after < 0.9 * before
+    if name != "uniquanf":
+        assert not made[:, 5].any()
+
+
+def test_a_compensated_start_rounds_as_gptq_does() -> None:
+    weights, generator = weights_of(9, 8, 48), torch.Generator().manual_seed(9)
+    gram = torch.cov(torch.randn(48, 200, generator=generator)).double()
+    scheme = Scheme(weights=WeightScheme(bits=3, group_size=16))
+    stats = {"gram": gram, "second_moment": gram.diagonal()}
+    method, gptq = registry.get("flexround"), registry.get("gptq")
+    start = method.start(weights, scheme, stats, method.parse({})).outcome()
+    rounded = gptq.apply(weights, scheme, stats, gptq.parse({"clip_search": True, "static_groups": True, "act_order": False}))
+    same = (start.codes.codes_NK == rounded.codes.codes_NK).float().mean()
+    assert same > 0.97, "but for importances floored at a thousandth, and ties"
