@@ -22,6 +22,7 @@ from bitpress.app.ui.run_view import RunView
 from bitpress.app.ui.side_by_side import side_by_side
 from bitpress.app.ui.sidebar import sidebar
 from bitpress.app.ui.theme import style
+from bitpress.app.ui.why_speed import why_speed
 from bitpress.engine.errors import BitpressError
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import Scheme
@@ -240,11 +241,12 @@ def from_near(anatomy: Anatomy, schemes: Mapping[str, Scheme]) -> None:
 
 
 def outcome(run: Run | None, was_working: bool) -> None:
-    """The live panel and the generations of the run."""
+    """The live panel, where a token's time goes, and the generations of the run."""
     status, view = look(run, was_working)
     if run is None or status is None:
         return
     live_panel.live_panel(run, status, view)
+    why_speed(run, view.metrics, readings.is_recording(run))
     side_by_side(run, status, view)
 
 

@@ -128,6 +128,8 @@ def speed_card(known: Known) -> Card:
     lines = [f"tokens/s, from {amount(dense['decode_tokens_per_s'])} dense" if ratio else "tokens/s"]
     if "ttft_s" in now:
         lines.append(f"first token after {duration(now['ttft_s'])}")
+    if "tpot_p95_s" in now:
+        lines.append(f"{duration(now['tpot_p50_s'])} a token, 19 of 20 within {duration(now['tpot_p95_s'])}")
     badge = "noisy" if known.badge == "measured" and latency.get("noisy") else known.badge
     return Card(
         "How fast",

@@ -29,6 +29,7 @@ def token_parts(decoder: Decoder, token_s: float, read_rate: float, kv_bytes: in
 
     read_rate: bytes a second that this machine reads. kv_bytes: of keys and values that a step reads. Returns {token_s,
     read_bytes_per_s, call_s, parts: [{part, kernel, reason, layers, calls, bytes, flops, seconds}]}; the last part, "rest", has bytes and seconds only.
+    call_s is 0 where a step is a single call.
     """
     loop = getattr(decoder, "_loop", None)
     blocks = getattr(loop, "blocks", None)
@@ -37,10 +38,15 @@ def token_parts(decoder: Decoder, token_s: float, read_rate: float, kv_bytes: in
     groups = {name: [getattr(block, attribute) for block in blocks] for name, attribute in GROUPS.items()} | {"head": [loop.head]}
     with torch.inference_mode():
         parts = [_part(name, products, decoder.step_dtype, decoder.device) for name, products in groups.items()]
-        call_s = call_seconds(decoder.device)
+        call_s = 0.0 if _one_call(loop) else call_seconds(decoder.device)
     left = max(0.0, token_s - sum(part["seconds"] for part in parts))
     parts.append({"part": "rest", "bytes": kv_bytes, "seconds": left})
     return {"token_s": token_s, "read_bytes_per_s": read_rate, "call_s": call_s, "parts": parts}
+
+
+def _one_call(loop: Any) -> bool:
+    """Whether a step of this loop is one call for all blocks, so that its products have no calls of their own."""
+    return bool(getattr(loop, "fused_steps", False)) and getattr(loop, "whole_step", None) is not None
 
 
 def read_rate(device: torch.device) -> float:

@@ -55,4 +55,5 @@ def test_a_loop_that_is_not_ours_has_no_parts(tiny_models: Any) -> None:
 
 
 def test_rates_of_this_machine() -> None:
-    assert read_rate(torch.device("cpu")) > 1e8 and 0 < call_seconds(torch.device("cpu")) < 1e-2
+    assert read_rate(torch.device("cpu")) > 1e8
+    assert 0 < call_seconds(torch.device("cpu")) < 1e-2
