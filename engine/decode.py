@@ -74,7 +74,9 @@ class Decoder:
         """What a figure measured with this decoder holds under, for its protocol."""
         names = (("step_dtype", self.step_dtype), ("prefill_dtype", self.piece_dtype), ("kv_dtype", self._loop.cache_dtype))
         loop = "transformers, cache: " + self.reason if self.reason else "own, static cache"
-        return {"loop": loop, **{key: str(value).removeprefix("torch.") for key, value in names}}
+        scheme = getattr(self.model, "kv_scheme", None)
+        held = {"kv_cache": scheme.model_dump_json(exclude_none=True)} if scheme is not None and not self.reason else {}
+        return {"loop": loop, **{key: str(value).removeprefix("torch.") for key, value in names}, **held}
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -18,6 +18,7 @@ from bitpress.engine.data.tokens import token_windows, tokenizer_digest
 from bitpress.engine.decode import Decoder
 from bitpress.engine.measure import report
 from bitpress.engine.measure.latency import Latency, Plan, measure_latency
+from bitpress.engine.measure.logits import CACHE_PIECE
 from bitpress.engine.measure.memory import kernels_of, peak_bytes, weights_of
 from bitpress.engine.measure.perplexity import Quality, Window, measure_alone, measure_pair
 from bitpress.engine.measure.protocol import Protocol as TextProtocol
@@ -152,10 +153,11 @@ def _figures(side: str, model: nn.Module, recipe: Recipe | None, dense: Loaded, 
         "flops_per_token": accounting.flops_per_token(recipe, anatomy, context=protocol.window // 2),
         "kernels": kernels_of(model, anatomy.block_prefix),
     }
-    return {**report.finite_only(values), "protocol": _conditions(protocol, quality, latency)}
+    return {**report.finite_only(values), "protocol": _conditions(protocol, quality, latency, getattr(model, "kv_scheme", None) is not None)}
 
 
-def _conditions(protocol: TextProtocol, quality: Quality, latency: Latency | None) -> dict[str, Any]:
-    """Everything a figure of M holds under; `windows_asked` above `windows` says that the run stopped early."""
+def _conditions(protocol: TextProtocol, quality: Quality, latency: Latency | None, cached: bool = False) -> dict[str, Any]:
+    """Everything a figure of M holds under; `windows_asked` above `windows` says that the run stopped early, `cached` that text went through a KV cache."""
     rest = {"one_line": protocol.one_line(), "windows_asked": quality.asked, "peak": "the whole process: weights, activations, Python and torch"}
+    rest |= {"cache": f"read through the compressed cache in pieces of {CACHE_PIECE} tokens"} if cached else {}
     return {**protocol.to_dict(), **rest, **({"latency": latency.conditions} if latency else {})}

@@ -151,7 +151,9 @@ def test_the_tensors_have_the_bytes_that_are_said(in_memory: Build, cache: dict[
         decoder.step(int(token))
         assert decoder.cache_bytes == cache_bytes(plan, loaded.anatomy, decoder.position)
     assert decoder.cache_bytes < cache_bytes(None, loaded.anatomy, 48)
+    assert KVCache.model_validate_json(decoder.conditions["kv_cache"]) == plan.kv_cache, "a figure says which cache it was taken with"
     dense = Decoder(loaded.model, dtype=torch.bfloat16)
+    assert "kv_cache" not in dense.conditions
     dense.prefill(IDS[0])
     assert dense.cache_bytes == cache_bytes(None, loaded.anatomy, 48) == 48 * loaded.anatomy.kv_bytes_per_token
 
