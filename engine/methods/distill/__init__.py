@@ -1,0 +1,1 @@
+"""Methods that train the compressed model to agree with the dense one."""
