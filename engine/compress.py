@@ -5,7 +5,7 @@ changes is replaced in it, by packed codes or by new dense weights. Memory grows
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,23 @@ from bitpress.engine.accounting import embedding_layout, kept_whole, layout_of, 
 from bitpress.engine.blockwise import Reconstruction
 from bitpress.engine.calibrate import walk
 from bitpress.engine.calibration_set import CalibrationSet, calibration_set
+from bitpress.engine.checkpoint import Checkpoint
 from bitpress.engine.errors import BitpressError, Cancelled, InputError
 from bitpress.engine.layer_store import LayerStore, MadeFrom, StoredLayer
 from bitpress.engine.measure.memory import weights_of
 from bitpress.engine.methods import registry
-from bitpress.engine.methods.base import BlockMethod, BlockOptions, LinearMethod, Method, MethodOptions, Outcome, Statistics, finite
+from bitpress.engine.methods.base import (
+    BlockMethod,
+    BlockOptions,
+    LinearMethod,
+    Method,
+    MethodOptions,
+    ModelMethod,
+    Outcome,
+    Statistics,
+    TrainingOptions,
+    finite,
+)
 from bitpress.engine.methods.catalogue import problems
 from bitpress.engine.methods.lowrank.pipeline import act
 from bitpress.engine.methods.stages import plan_stages
@@ -30,6 +42,7 @@ from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.prepare import needs_text, preparations, prepare, prepare_again
 from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme, WeightScheme
+from bitpress.engine.train import Learner, Student, Training
 from bitpress.kernels.formats import PackedTensor, pack
 from bitpress.kernels.layout import BitmapLayout, DenseLayout, FactorLayout, Layout, PairLayout, TwoFourLayout, UniformLayout
 from bitpress.kernels.packed import PackedEmbedding, PackedLinear
@@ -41,6 +54,7 @@ from bitpress.kernels.sparse import pack_bitmap, pack_two_four, pack_two_four_co
 __all__ = ["Compressed", "LayerResult", "LayerStore", "compress", "load_compressed"]
 Emit = Callable[[str, dict[str, Any]], None]
 ShouldStop = Callable[[], bool]
+Step = tuple[LinearMethod | BlockMethod | ModelMethod, MethodOptions]
 Tell = Callable[[str], None]
 DENSE_REASON = "stored dense, 0% smaller: no format here stores a matrix of so few zeros smaller"
 
@@ -81,7 +95,7 @@ class LayerJob:
     place: str
     scheme: Scheme
     layout: Layout
-    methods: tuple[tuple[LinearMethod | BlockMethod, MethodOptions], ...]
+    methods: tuple[Step, ...]  # steps of one stage are one object
     joint: bool = False  # the last method also gives its second part
 
     @property
@@ -110,6 +124,12 @@ class LayerJob:
         """The method that optimises it with the rest of its block, if one does; it is always the last."""
         method, options = self.methods[-1]
         return (method, options) if isinstance(method, BlockMethod) and isinstance(options, BlockOptions) else None
+
+    @property
+    def taught(self) -> tuple[ModelMethod, TrainingOptions] | None:
+        """The method that trains it with the rest of the model, if one does; it is always the last."""
+        method, options = self.methods[-1]
+        return (method, options) if isinstance(method, ModelMethod) and isinstance(options, TrainingOptions) else None
 
 
 def quiet(kind: str, data: dict[str, Any]) -> None:
@@ -140,7 +160,7 @@ def compress(
     started = time.perf_counter()
     shaped = shape_twin(loaded, recipe)
     jobs = plan_jobs(recipe, loaded.anatomy, shaped.places)
-    needed = any(job.needs or job.trained for job in jobs) or needs_text(recipe)
+    needed = any(job.needs or job.trained or job.taught for job in jobs) or needs_text(recipe)
     calibration = (calibration or calibration_set(loaded, recipe.calibration, recipe.seed)) if needed else None
     made_from = MadeFrom(loaded.anatomy.fingerprint, recipe.digest(), calibration.sha256 if calibration else "")
     if store:
@@ -225,14 +245,14 @@ def plan_jobs(recipe: Recipe, anatomy: Anatomy, places: dict[str, str]) -> list[
             layout, chosen = layout_of(schemes[name], anatomy.itemsize), tuple(staged[number] for number in numbers)
             jobs.append(LayerJob(anatomy.by_name[name], places[name], schemes[name], layout, chosen, name in plan.joint))
     ends: list[tuple[Part | None, EmbeddingScheme | None]] = [(anatomy.embedding, recipe.embedding), (anatomy.head, recipe.head)]
-    return jobs + [_end_job(part, scheme) for part, scheme in ends if part and scheme]
+    return jobs + [_end_job(part, scheme, list(staged.values())) for part, scheme in ends if part and scheme]
 
 
-def _end_job(part: Part, scheme: EmbeddingScheme) -> LayerJob:
-    """Embedding and head are rounded to nearest, one symmetric scale a row; that needs no stage."""
-    rtn = registry.linear("rtn")
-    rows = WeightScheme(bits=scheme.bits, group_size=0, symmetric=True)
-    return LayerJob(part, part.name, Scheme(weights=rows), embedding_layout(scheme), ((rtn, rtn.parse({})),))
+def _end_job(part: Part, scheme: EmbeddingScheme, staged: Sequence[Step]) -> LayerJob:
+    """Embedding and head have one symmetric scale a row. A stage that trains the model trains them too; without one they are rounded to nearest."""
+    rtn, rows = registry.linear("rtn"), Scheme(weights=WeightScheme(bits=scheme.bits, group_size=0, symmetric=True))
+    trains = [step for step in staged if isinstance(step[0], ModelMethod) and step[0].satisfies(rows)]
+    return LayerJob(part, part.name, rows, embedding_layout(scheme), (trains[0] if trains else (rtn, rtn.parse({})),))
 
 
 def make_layer(module: nn.Module, job: LayerJob, stats: Statistics, tell: Tell = lambda note: None) -> StoredLayer:
@@ -375,12 +395,16 @@ class _Making:
     def run(self, calibration: CalibrationSet | None) -> None:
         """Make everything: through the calibration walk where a method needs statistics, else straight on."""
         self.emit("stage_started", {"stage": "compressing", "total": len(self.jobs)})
-        inside = [job for job in self.jobs if job.part.block is not None]
-        if calibration is None:
-            self.make(inside, {})
-        else:
+        alone = [job for job in self.jobs if not job.taught]
+        inside = [job for job in alone if job.part.block is not None]
+        if calibration and any(job.needs or job.trained for job in inside):
             self.walk(inside, calibration)
-        self.make(self.jobs[len(inside) :], {})
+        else:
+            self.make(inside, {})
+        if calibration:
+            self.by_stage([job for job in self.jobs if job.taught], lambda jobs: self.taught(jobs, calibration))
+            self.drop_checkpoint()
+        self.make([job for job in alone if job.part.block is None], {})
 
     def walk(self, inside: list[LayerJob], calibration: CalibrationSet) -> None:
         """Block by block: each block's inputs have passed through the compressed blocks before it."""
@@ -399,7 +423,7 @@ class _Making:
             self.make(alone, stats)
             blocks[block] = [job for job in blocks.get(block, []) if job not in alone]
             if len(blocks[block]) == len(ready) - len(alone):  # what is left is trained, with the rest of the block in place
-                self.train(blocks.pop(block), seen)
+                self.by_stage(blocks.pop(block), lambda jobs: self.trained(jobs, seen))
 
         walk(
             self.shaped.model,
@@ -412,18 +436,18 @@ class _Making:
             on_inputs=self.side.enter if self.side else None,
         )
 
-    def train(self, jobs: list[LayerJob], stats: Mapping[str, Statistics]) -> None:
-        """Make these matrices of one block together, a stage's after another's; a stage that is finished is found again."""
+    def by_stage(self, jobs: list[LayerJob], together: Callable[[list[LayerJob]], list[StoredLayer]]) -> None:
+        """Make matrices together, those of one stage after those of another; what a stage has finished is found again."""
         stages = list(dict.fromkeys(id(job.methods[-1]) for job in jobs))
         for stage in stages:
-            self.train_stage([job for job in jobs if id(job.methods[-1]) == stage], stats)
+            self.one_stage([job for job in jobs if id(job.methods[-1]) == stage], together)
 
-    def train_stage(self, jobs: list[LayerJob], stats: Mapping[str, Statistics]) -> None:
-        """Train what one stage makes of one block, unless all of it is finished."""
+    def one_stage(self, jobs: list[LayerJob], together: Callable[[list[LayerJob]], list[StoredLayer]]) -> None:
+        """What one stage makes, unless all of it is finished."""
         begun = time.perf_counter()
         found = [self.store.load(job.part.name, self.made_from) if self.store else None for job in jobs]
         reused = all(found)
-        stored = [layer for layer in found if layer] if reused else self.trained(jobs, stats)
+        stored = [layer for layer in found if layer] if reused else together(jobs)
         for job, layer in zip(jobs, stored, strict=True):
             if self.store and not reused:
                 self.store.save(layer, self.made_from)
@@ -440,6 +464,40 @@ class _Making:
         weights = [method.start(weight_NK, job.asked_of(method), seen, options) for weight_NK, job, seen in zip(prunes, jobs, given, strict=True)]
         self.side.train(self.shaped.model, {job.place: weight for job, weight in zip(jobs, weights, strict=True)}, options)
         return [finished(module, job, dense_NK, weight.outcome()) for module, job, dense_NK, weight in zip(modules, jobs, dense, weights, strict=True)]
+
+    def taught(self, jobs: list[LayerJob], calibration: CalibrationSet) -> list[StoredLayer]:
+        """Train what one stage makes of the whole model, the other matrices in place; the dense model is the teacher."""
+        assert jobs[0].taught is not None
+        method, options = jobs[0].taught
+        modules = [surgery.get(self.dense, job.part.name) for job in jobs]
+        dense = [dense_weight(module, job) for module, job in zip(modules, jobs, strict=True)]
+        pruned = self.pruned(jobs, dense, calibration)
+        weights = [method.start(weight_NK, job.asked_of(method), options) for weight_NK, job in zip(pruned, jobs, strict=True)]
+        student = Student(self.shaped.model, {job.place: Learner(weight, job.scheme.activations) for job, weight in zip(jobs, weights, strict=True)})
+        kept = Checkpoint(self.store.folder.parent, self.made_from, " ".join(job.part.name for job in jobs)) if self.store else None
+        text, objective = calibration.ids_SL, method.objective(options)
+        Training(self.dense, student, objective, options, text, self.seed, self.emit, self.should_stop, kept).run()
+        return [finished(module, job, dense_NK, weight.outcome()) for module, job, dense_NK, weight in zip(modules, jobs, dense, weights, strict=True)]
+
+    def pruned(self, jobs: list[LayerJob], dense: list[Tensor], calibration: CalibrationSet) -> list[Tensor]:
+        """What the stages before the training make of each matrix; those that need statistics get those of the model as it stands."""
+        requests = {job.place: set(job.needs) for job in jobs if job.needs}
+        made: dict[str, Tensor] = {}
+
+        def on_block(block: int, stats: Mapping[str, Statistics]) -> None:
+            ready = [(job, weight_NK) for job, weight_NK in zip(jobs, dense, strict=True) if job.place in stats]
+            made.update({job.place: prepared(weight_NK, job, stats[job.place], self.note).weight_NK for job, weight_NK in ready})
+
+        if requests:
+            walk(self.shaped.model, self.shaped.anatomy, calibration.ids_SL, requests, on_block, should_stop=self.should_stop)
+        rest = [(job, weight_NK) for job, weight_NK in zip(jobs, dense, strict=True) if job.place not in made]
+        made |= {job.place: prepared(weight_NK, job, {}, self.note).weight_NK for job, weight_NK in rest}
+        return [made[job.place] for job in jobs]
+
+    def drop_checkpoint(self) -> None:
+        """What was trained is in the layers now."""
+        if self.store:
+            Checkpoint(self.store.folder.parent, self.made_from, "").remove()
 
     def make(self, jobs: list[LayerJob], stats: Mapping[str, Statistics]) -> None:
         """Make these matrices from the statistics of their inputs, by place."""

@@ -89,27 +89,16 @@ class LayerStore:
 
     def save(self, stored: StoredLayer, made_from: MadeFrom) -> None:
         """Write a layer: temporary file, flushed to the disk, renamed. Raises BitpressError with bytes needed and free when the disk is full."""
-        path = self.path(stored.layer)
-        data = save({name: tensor.contiguous() for name, tensor in stored.tensors.items()}, {"bitpress": _metadata(stored, made_from)})
-        partial = path.with_name(f"{path.name}.partial")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_durably(partial, data)
-            partial.replace(path)
-        except OSError as error:
-            _remove(partial)
-            raise _cannot_write(path, len(data), error) from error
+        write_tensors(self.path(stored.layer), stored.tensors, _metadata(stored, made_from))
 
     def load(self, layer: str, made_from: MadeFrom) -> StoredLayer | None:
         """A finished layer; None when there is none yet. Raises BitpressError when the file is damaged or made from something else."""
         path = self.path(layer)
         if not path.exists():
             return None
-        record, tensors = _read(path)
+        record, tensors = read_tensors(path)
         if changed := made_from.first_change(record["made_from"]):
             raise _mismatch(layer, changed)
-        if record["sha256"] != _digest(tensors):
-            raise _damaged(path, "Its bytes are not those that were written.")
         layout, shape, bias_N = layout_from_dict(record["layout"]), tuple(record["shape"]), tensors.pop(BIAS, None)
         content = tensors[DENSE] if isinstance(layout, DenseLayout) else PackedTensor(layout, shape, tensors)
         return StoredLayer(layer, content, record["method"], record["error"], bias_N)
@@ -118,6 +107,19 @@ class LayerStore:
         """Raises BitpressError when a file here is of a layer that the recipe does not change: the run was of another recipe."""
         if strangers := sorted(set(self.names()) - set(layers)):
             raise _mismatch(strangers[0], "recipe")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: str) -> None:
+    """Write a file of tensors whole or not at all. Raises BitpressError with bytes needed and free when the disk is full."""
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"bitpress": metadata})
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(partial, data)
+        partial.replace(path)
+    except OSError as error:
+        _remove(partial)
+        raise _cannot_write(path, len(data), error) from error
 
 
 def _metadata(stored: StoredLayer, made_from: MadeFrom) -> str:
@@ -129,12 +131,13 @@ def _metadata(stored: StoredLayer, made_from: MadeFrom) -> str:
         "method": stored.method,
         "error": stored.error,
         "made_from": asdict(made_from),
-        "sha256": _digest(stored.tensors),
+        "sha256": digest_of_tensors(stored.tensors),
     }
     return json.dumps(record, sort_keys=True)
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
+def digest_of_tensors(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, shapes, types and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -142,7 +145,8 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(record, tensors) of a file that `write_tensors` wrote. Raises BitpressError when it is damaged or of another version."""
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {})["bitpress"])
@@ -151,6 +155,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise _damaged(path, f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]) from error
     if record.get("v") != LAYER_VERSION:
         raise _damaged(path, f"Its version is {record.get('v')}; this Bitpress reads {LAYER_VERSION}.")
+    if record["sha256"] != digest_of_tensors(tensors):
+        raise _damaged(path, "Its bytes are not those that were written.")
     return record, tensors
 
 

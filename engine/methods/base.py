@@ -4,7 +4,8 @@ A new method is one file in the folder of its family with one subclass of `Linea
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -115,7 +116,7 @@ class LinearMethod(Method):
 
 
 class LearnedWeight(nn.Module, ABC):
-    """One matrix while the block around it is optimised."""
+    """One matrix while the block or the model around it is optimised."""
 
     @abstractmethod
     def forward(self) -> Tensor:
@@ -210,6 +211,65 @@ class TurningMethod(PreparationMethod):
     @abstractmethod
     def turn(self, model: nn.Module, anatomy: Anatomy, seed: int, options: Any) -> tuple[str, ...]:
         """Change a model in place, by new parameters and hooks; the same seed gives the same model. Returns notes for the run's events."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One step of training a student beside its teacher: B sequences of T tokens, states of width d behind the last norm.
+
+    chosen_B: which of the text's `sequences` they are. over_logits(f): the sum of f(student [P, V], teacher [P, V]) over slices of
+    the B * T positions, float32 logits with gradients for the student.
+    """
+
+    chosen_B: Tensor
+    sequences: int
+    student_BTd: Tensor
+    teacher_BTd: Tensor
+    over_logits: Callable[[Callable[[Tensor, Tensor], Tensor]], Tensor]
+
+
+class Objective(ABC):
+    """What a student is asked for, with all that it remembers from step to step. reads_states: whether it looks at hidden states."""
+
+    reads_states: bool = False
+
+    @abstractmethod
+    def terms(self, lesson: Lesson) -> dict[str, Tensor]:
+        """Scalars by name; their sum is minimised."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What it remembers, for a training that is resumed."""
+        return {}
+
+    def load(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - most remember nothing
+        """Take back what `state` gave."""
+
+
+class TrainingOptions(MethodOptions):
+    """How a whole model is trained (engine.train). Every method that does has these, so that budgets can be made equal."""
+
+    steps: int = Field(default=300, ge=0, le=100_000, title="Steps", description="Optimiser steps; 0 keeps the start. Time grows in proportion.")
+    sequences: int = Field(default=4, ge=1, le=256, title="Sequences a step", description="Calibration sequences that each step looks at.")
+    held_out: int = Field(
+        default=8, ge=1, le=256, title="Sequences held out",
+        description="Calibration sequences that are not trained on; the divergence from the dense model on them is told as it falls.",
+    )  # fmt: skip
+
+
+class ModelMethod(Method):
+    """A method that trains the matrices of all blocks together, and the embedding and head with them where the recipe gives them a width."""
+
+    acts_on: ClassVar[str] = "model"
+    gradients: ClassVar[bool] = True
+    Options: ClassVar[type[MethodOptions]] = TrainingOptions
+
+    @abstractmethod
+    def start(self, weight_NK: Tensor, scheme: Scheme, options: Any) -> LearnedWeight:
+        """One matrix before the first step. Arguments as those of `LinearMethod.apply`."""
+
+    @abstractmethod
+    def objective(self, options: Any) -> Objective:
+        """What is to be minimised, at the start of a training."""
 
 
 def finite(weight_NK: Tensor, layer: str) -> Tensor:

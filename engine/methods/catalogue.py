@@ -118,8 +118,18 @@ def _unmet_problems(plan: Plan, recipe: Recipe, anatomy: Anatomy, entries: dict[
             if Ability.model_validate(entry["ability"]).satisfies(_only(part, schemes[layers[0]]))
         )
         right = f"Add a stage such as `method: {able[0][-1]}`, or point one at these layers." if able else f"Remove `{part}` from the scheme."
+        right = _without_zeros(schemes[layers[0]], recipe, entries) or right
         found.append(Problem(field=f"schemes ({layers[0]}{others})", wrong=f"Asks for {PART_WORDS[part]}, but no stage does that.", right=right))
     return found
+
+
+def _without_zeros(scheme: Scheme, recipe: Recipe, entries: dict[str, dict[str, Any]]) -> str:
+    """What to say where a stage of the recipe could do it, had the codes no zeros; else nothing."""
+    if scheme.weights is None or scheme.weights.symmetric:
+        return ""
+    plain = Scheme(weights=scheme.weights.model_copy(update={"symmetric": True}))
+    able = [stage.method for stage in recipe.stages if Ability.model_validate(entries[stage.method]["ability"]).satisfies(plain)]
+    return f"Set `symmetric: true`: {able[0]} makes codes without zeros only." if able else ""
 
 
 def _only(part: str, scheme: Scheme) -> Scheme:

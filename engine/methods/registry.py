@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitpress.engine.errors import InputError
-from bitpress.engine.methods.base import BlockMethod, LinearMethod, Method
+from bitpress.engine.methods.base import BlockMethod, LinearMethod, Method, ModelMethod
 from bitpress.engine.methods.catalogue import CATALOGUE_VERSION, catalogue_path, read_catalogue, sources_digest
 
 FAMILY_PACKAGE = "bitpress.engine.methods"
@@ -52,10 +52,10 @@ def linear(name: str) -> LinearMethod:
     return method
 
 
-def on_weights(name: str) -> LinearMethod | BlockMethod:
+def on_weights(name: str) -> LinearMethod | BlockMethod | ModelMethod:
     """The method of that name, which must be one that makes weight matrices. Raises InputError otherwise."""
     method = get(name)
-    return method if isinstance(method, BlockMethod) else linear(name)
+    return method if isinstance(method, BlockMethod | ModelMethod) else linear(name)
 
 
 def catalogue() -> dict[str, Any]:

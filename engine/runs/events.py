@@ -17,7 +17,7 @@ from typing import IO, Any
 
 VERSION = 1
 KINDS = (
-    "queued", "started", "stage_started", "progress", "trial", "layer_done", "block_loss", "window", "metrics", "sample", "resources", "note",
+    "queued", "started", "stage_started", "progress", "trial", "layer_done", "block_loss", "train_loss", "window", "metrics", "sample", "resources", "note",
     "order_done", "order_superseded", "order_failed", "cancelled", "interrupted", "failed", "finished",
 )  # fmt: skip
 CUT = b" (cut)\n"  # closes a torn line so that it stays unreadable, even one that lacks nothing but its newline
