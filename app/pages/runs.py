@@ -13,6 +13,7 @@ from bitpress.app.ui.numbers import TIMES
 from bitpress.app.ui.run_list import KIND_WORDS, MAIN_KINDS, STATE_WORDS, Filter, Row, progress_of, row_of, rows_of, sentence, table, times_of
 from bitpress.app.ui.run_names import plan_of_run, short_id
 from bitpress.app.ui.run_view import RunView
+from bitpress.app.ui.similarity_view import similarity_charts
 from bitpress.engine.errors import BitpressError, InputError
 from bitpress.engine.runs import jobs
 from bitpress.engine.runs.status import Status
@@ -161,9 +162,11 @@ def detail(row: Row) -> None:
             st.markdown(plain(said))
         trouble(status)
         actions(run, status)
-        recipe, machine, log = st.tabs(["Recipe", "Machine", "Log"])
+        recipe, alike, machine, log = st.tabs(["Recipe", "Tokens", "Machine", "Log"])
         with recipe:
             _recipe(run)
+        with alike:
+            similarity_charts(run)
         with machine:
             st.json(run.env() or {"machine": "The worker has not begun yet."}, expanded=1)
         with log:

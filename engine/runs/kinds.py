@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from bitpress.engine import similarity_file
 from bitpress.engine.data.texts import fetch_text, resolve_text
 from bitpress.engine.errors import InputError
 from bitpress.engine.home import models_dir
@@ -44,7 +45,17 @@ def compress(task: Task) -> None:
     _ready_kernels(task)
     made = engine.compress(loaded, recipe, task.emit, LayerStore(task.run.path), task.should_stop)
     _measured(task, loaded, entry, recipe.measure, digest, made.model, recipe, early_stop=True)
+    _write_similarity(task, loaded, made.model, entry, recipe.measure)
     _write_samples(task, loaded, made.model, entry)
+
+
+def _write_similarity(task: Task, loaded: Loaded, compressed: nn.Module, entry: library.ModelEntry, asked: Measure) -> None:
+    """How alike the tokens of both models are, on the first window of the text they were measured on."""
+    from bitpress.engine.measure.measure import windows_for
+    from bitpress.engine.similarity import similarity
+
+    if not (task.run.path / similarity_file.FILE).exists():
+        task.write(similarity_file.FILE, similarity(loaded.model, compressed, windows_for(loaded, entry, asked).ids_NT))
 
 
 def _loaded(task: Task, model_id: str) -> Loaded:
