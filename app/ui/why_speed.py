@@ -85,6 +85,8 @@ def sentences(dense: Metrics, now: Metrics) -> list[str]:
     sums, token = split(parts), sum(part.seconds for part in parts)
     shares = ", ".join(f"{amount(100 * seconds / token)}{THIN}% {kind}" for kind, seconds in sums.items())
     lines = [f"A token takes {duration(found['token_s'])}: {shares}."]
+    if found.get("excess", 1) > 1:
+        lines[0] += f" Timed one by one, its products took {times(found['excess'])} the whole step; their times are scaled down to it."
     before = (dense.get("token_parts") or {}).get("token_s")
     if before:
         free = token - sums["linears"]

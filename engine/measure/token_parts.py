@@ -28,8 +28,8 @@ def token_parts(decoder: Decoder, token_s: float, read_rate: float, kv_bytes: in
     """The parts of a token that took `token_s` seconds, or None where the loop is not ours.
 
     read_rate: bytes a second that this machine reads. kv_bytes: of keys and values that a step reads. Returns {token_s,
-    read_bytes_per_s, call_s, parts: [{part, kernel, reason, layers, calls, bytes, flops, seconds}]}; the last part, "rest", has bytes and seconds only.
-    call_s is 0 where a step is a single call.
+    read_bytes_per_s, call_s, excess, parts: [{part, kernel, reason, layers, calls, bytes, flops, seconds}]}; the last part, "rest", has bytes and seconds only.
+    call_s is 0 where a step is a single call. Products that took longer by themselves than the whole token are scaled down to it, by `excess`.
     """
     loop = getattr(decoder, "_loop", None)
     blocks = getattr(loop, "blocks", None)
@@ -39,9 +39,10 @@ def token_parts(decoder: Decoder, token_s: float, read_rate: float, kv_bytes: in
     with torch.inference_mode():
         parts = [_part(name, products, decoder.step_dtype, decoder.device) for name, products in groups.items()]
         call_s = 0.0 if _one_call(loop) else call_seconds(decoder.device)
-    left = max(0.0, token_s - sum(part["seconds"] for part in parts))
-    parts.append({"part": "rest", "bytes": kv_bytes, "seconds": left})
-    return {"token_s": token_s, "read_bytes_per_s": read_rate, "call_s": call_s, "parts": parts}
+    excess = max(1.0, sum(part["seconds"] for part in parts) / token_s)
+    parts = [{**part, "seconds": part["seconds"] / excess} for part in parts]
+    parts.append({"part": "rest", "bytes": kv_bytes, "seconds": max(0.0, token_s - sum(part["seconds"] for part in parts))})
+    return {"token_s": token_s, "read_bytes_per_s": read_rate, "call_s": call_s, "excess": excess, "parts": parts}
 
 
 def _one_call(loop: Any) -> bool:

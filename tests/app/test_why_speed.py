@@ -51,6 +51,11 @@ def test_a_step_that_is_one_call_has_no_launch_overhead() -> None:
     assert "one call" in sentences(DENSE, fused)[-1] and parts_of(fused)[2].bound.startswith("compute-bound")
 
 
+def test_products_slower_alone_than_in_the_step_are_told() -> None:
+    scaled = {"token_parts": {**NOW["token_parts"], "excess": 1.4}}
+    assert f"took 1.40{TIMES} the whole step" in sentences(DENSE, scaled)[0]
+
+
 def test_a_record_without_parts_has_none() -> None:
     assert parts_of({"decode_tokens_per_s": 3.0}) == []
 
