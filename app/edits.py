@@ -12,12 +12,13 @@ from bitpress.engine.errors import InputError
 from bitpress.engine.methods.catalogue import kinds
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import EmbeddingScheme, KVCache, Recipe, Scheme, SchemeLine, Stage, Structure, WeightPatch
+from bitpress.engine.structure import Place, blocks_to_remove, chopped
 from bitpress.engine.targets import covered, pattern_of, pattern_problem
 
 DENSE_BITS = 16
 PROTECTED_BITS = 8
 CACHE_WINDOW = 32  # tokens that stay dense where the cache is coded
-DEFAULT_METHODS = {"prune": "magnitude", "lowrank": "svd-llm", "quantize": "rtn"}  # in the order in which they run
+DEFAULT_METHODS = {"structure": "magnitude-structured", "prune": "magnitude", "lowrank": "svd-llm", "quantize": "rtn"}  # in the order in which they run
 PARTS = ("weights", "sparsity", "rank")
 
 
@@ -204,23 +205,57 @@ def _merged(old: SchemeLine, new: SchemeLine) -> SchemeLine:
 def fit_stages(recipe: Recipe, anatomy: Anatomy, family_of: Mapping[str, str] | None = None) -> Recipe:
     """A stage for every family that the schemes ask for, pruning and factoring before quantising, and none that has nothing to do."""
     families = {name: family for family, name in DEFAULT_METHODS.items()} | dict(family_of or {})
+    own = {name for name, family in families.items() if family == "structure"} - {DEFAULT_METHODS["structure"]}
     schemes = [settled(scheme, anatomy.by_name[name], anatomy.itemsize) for name, scheme in recipe.resolve(anatomy).items()]
     asked = {
         "quantize": any(scheme.weights for scheme in schemes),
         "lowrank": any(scheme.rank for scheme in schemes),
         "prune": any(scheme.sparsity and scheme.sparsity.ratio for scheme in schemes),
+        "structure": recipe.structure.shares,
     }
-    stages = [stage for stage in recipe.stages if asked.get(families.get(stage.method, ""), True)]
+    own |= {stage.method for stage in recipe.stages if stage.method == DEFAULT_METHODS["structure"] and stage.options}  # its options say how much goes
+    stages = [stage for stage in recipe.stages if stage.method in own or asked.get(families.get(stage.method, ""), True)]
     for family, method in DEFAULT_METHODS.items():
         if asked[family] and not any(families.get(stage.method) == family for stage in stages):
             stage = Stage(method=method)
-            at = {"prune": 0, "quantize": len(stages)}.get(family, _first_of("quantize", stages, families))
-            stages = [*stages[:at], stage, *stages[at:]]
+            stages = [*stages, stage] if family == "quantize" else _before(stages, stage, families)
     return recipe.model_copy(update={"stages": stages})
 
 
-def _first_of(family: str, stages: Sequence[Stage], families: Mapping[str, str]) -> int:
-    return next((number for number, stage in enumerate(stages) if families.get(stage.method) == family), len(stages))
+def _before(stages: list[Stage], stage: Stage, families: Mapping[str, str]) -> list[Stage]:
+    """The stage put before the first one of a later family: what changes shapes, then what prunes, then what rounds."""
+    order = list(DEFAULT_METHODS)
+    mine = order.index(families[stage.method])
+    later = [index for index, other in enumerate(stages) if families.get(other.method) in order[mine + 1 :]]
+    at = later[0] if later else len(stages)
+    return [*stages[:at], stage, *stages[at:]]
+
+
+def set_units(recipe: Recipe, anatomy: Anatomy, kind: str, blocks: Iterable[int], keep: float) -> Recipe:
+    """Let these blocks keep a share of their `heads` or `neurons`; a stage is added that chooses which."""
+    shares = {block: recipe.structure.share_of(kind, anatomy, block) for block in range(anatomy.blocks)} | dict.fromkeys(blocks, keep)
+    by_share: dict[float, list[int]] = {}
+    for block, share in shares.items():
+        by_share.setdefault(share, []).append(block)
+    lines = [{"match": _match(found, anatomy), "keep": share} for share, found in by_share.items() if share < 1]
+    return fit_stages(_with_structure(recipe, {kind: lines or None}), anatomy)
+
+
+def chop(recipe: Recipe, anatomy: Anatomy, count: int, place: Place) -> Recipe:
+    """Drop `count` blocks by their place, instead of those dropped so far; 0 puts all back. Raises InputError when the ends would go."""
+    gone = chopped(anatomy.blocks, blocks_to_remove(anatomy.blocks, count / anatomy.blocks), place) if count else []
+    return fit_stages(_with_structure(recipe, {"drop_blocks": gone}), anatomy)
+
+
+def _with_structure(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
+    return recipe.model_copy(update={"structure": Structure.model_validate({**recipe.structure.model_dump(), **fields})})
+
+
+def _match(blocks: Sequence[int], anatomy: Anatomy) -> str:
+    """A pattern for whole blocks."""
+    if len(blocks) == anatomy.blocks:
+        return "*"
+    return pattern_of([part.name for block in blocks for part in anatomy.of_block(block)], anatomy)
 
 
 def difference(base: Recipe, now: Recipe, anatomy: Anatomy) -> list[tuple[str, str, str]]:
@@ -236,8 +271,21 @@ def difference(base: Recipe, now: Recipe, anatomy: Anatomy) -> list[tuple[str, s
     found += [(name, _width(old), _width(new)) for name, old, new in ends if old != new]
     caches = [("cache", describe_cache(base.kv_cache), describe_cache(now.kv_cache))] if base.kv_cache != now.kv_cache else []
     found += caches
+    shapes = [structure_words(recipe.structure, anatomy) for recipe in (base, now)]
+    found += [("shape", *shapes)] if shapes[0] != shapes[1] else []  # type: ignore[list-item]
     methods = [" then ".join(stage.method for stage in recipe.stages) or "none" for recipe in (base, now)]
     return found + ([("methods", *methods)] if base.stages != now.stages else [])  # type: ignore[list-item]
+
+
+def structure_words(structure: Structure, anatomy: Anatomy) -> str:
+    """What of the blocks stays, in a few words."""
+    units = structure.units(anatomy)
+    gone = set(structure.dropped(anatomy.blocks))
+    left = [units.get(block, anatomy.units) for block in range(anatomy.blocks) if block not in gone]
+    heads, neurons = sum(unit.heads for unit in left), sum(unit.neurons for unit in left)
+    if len(left) == anatomy.blocks and heads == anatomy.blocks * anatomy.heads and neurons == anatomy.blocks * anatomy.ffn:
+        return "whole"
+    return f"{len(left)} blocks, {heads:,} heads, {neurons:,} neurons"
 
 
 def describe(scheme: Scheme | None) -> str:

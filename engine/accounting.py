@@ -131,39 +131,41 @@ def _stored(part: Part, scheme: Scheme, itemsize: int) -> int:
 def size_of(recipe: Recipe, anatomy: Anatomy) -> Size:
     """Stored bytes of the model that this recipe makes, layer by layer."""
     item = anatomy.itemsize
-    schemes = recipe.resolve(anatomy)
-    layers = {name: _stored(anatomy.by_name[name], scheme, item) for name, scheme in schemes.items()}
-    gone = set(recipe.dropped_blocks(anatomy))
+    schemes, shapes = recipe.resolve(anatomy), recipe.reduced(anatomy).by_name
+    layers = {name: _stored(shapes[name], scheme, item) for name, scheme in schemes.items()}
     linears = sum(layers.values())
     ends = [(anatomy.embedding, recipe.embedding), *([(anatomy.head, recipe.head)] if anatomy.head else [])]
     layers |= {part.name: _bytes_of(part, embedding_layout(scheme, item)) for part, scheme in ends}
-    kept_params = sum(anatomy.by_name[name].numel for name in schemes)
-    rest = _rest_params(anatomy, gone)
+    kept_params = sum(shapes[name].numel for name in schemes)
+    rest = _rest_params(recipe, anatomy)
     params = kept_params + sum(part.numel for part, _ in ends) + rest
     return Size(anatomy.bytes, sum(layers.values()) + rest * item, linears, kept_params, params, layers)
 
 
-def _rest_params(anatomy: Anatomy, gone: set[int]) -> int:
-    """Norms, biases and positions: all that is neither a linear's weight nor embedding nor head; dropped blocks lose their share."""
+def _rest_params(recipe: Recipe, anatomy: Anatomy) -> int:
+    """Norms, biases and positions: all that is neither a linear's weight nor embedding nor head; what is removed loses its share."""
     ends = anatomy.embedding.numel + (anatomy.head.numel if anatomy.head else 0)
     rest = anatomy.params - anatomy.linear_params - ends
-    return rest - len(gone) * anatomy.block_rest_params
+    lost = sum(anatomy.by_name[part.name].out_features - part.out_features for part in recipe.reduced(anatomy).linears if part.bias)
+    added = sum(anatomy.by_name[name].out_features for name in recipe.structure.added_biases or ())
+    return rest - len(recipe.dropped_blocks(anatomy)) * anatomy.block_rest_params - lost + added
 
 
 def flops_per_token(recipe: Recipe | None, anatomy: Anatomy, context: int = 0) -> int:
     """Multiply-adds times two for one token at a given context length, head included, attention scores and mixing included.
 
-    Weight-only formats and zeros without a sparse kernel save none; dropped blocks and low rank do.
+    Weight-only formats and zeros without a sparse kernel save none; dropped blocks, heads and neurons and low rank do.
     """
-    gone = set(recipe.dropped_blocks(anatomy)) if recipe else set()
-    linears = 2 * (linear_multiplies(recipe, anatomy) if recipe else anatomy.linear_params)
-    scores = 4 * context * anatomy.heads * anatomy.head_dim * (anatomy.blocks - len(gone))
-    return linears + 2 * anatomy.vocab * anatomy.hidden + scores
+    reduced = recipe.reduced(anatomy) if recipe else anatomy
+    linears = linear_multiplies(recipe, anatomy) if recipe else anatomy.linear_params
+    heads = sum(reduced.units_of(block).heads for block in reduced.present)
+    return 2 * linears + 2 * anatomy.vocab * anatomy.hidden + 4 * context * heads * anatomy.head_dim
 
 
 def linear_multiplies(recipe: Recipe, anatomy: Anatomy) -> int:
     """Multiply-adds of all block linears for one token: NK of a whole matrix, r(N + K) of a factored one."""
-    return sum(_multiplies(anatomy.by_name[name], settled(scheme, anatomy.by_name[name], anatomy.itemsize)) for name, scheme in recipe.resolve(anatomy).items())
+    shapes = recipe.reduced(anatomy).by_name
+    return sum(_multiplies(shapes[name], settled(scheme, shapes[name], anatomy.itemsize)) for name, scheme in recipe.resolve(anatomy).items())
 
 
 def _multiplies(part: Part, scheme: Scheme) -> int:
@@ -174,26 +176,22 @@ def _multiplies(part: Part, scheme: Scheme) -> int:
 
 
 def removed_share(recipe: Recipe, anatomy: Anatomy) -> float:
-    """Share of the block linears' parameters that low rank and dropped blocks take away."""
+    """Share of the block linears' parameters that low rank, dropped blocks, heads and neurons take away."""
     return 1 - linear_multiplies(recipe, anatomy) / anatomy.linear_params
 
 
 def cache_bytes(recipe: Recipe | None, anatomy: Anatomy, tokens: int) -> int:
     """Bytes that the KV cache of one sequence of so many tokens holds, over all blocks that stay."""
     cache = (recipe.kv_cache if recipe else None) or KVCache()
-    gone = set(recipe.dropped_blocks(anatomy)) if recipe else set()
-    total = 0
-    for block in range(anatomy.blocks):
-        if block not in gone:
-            for role, side in (("k", cache.keys), ("v", cache.values)):
-                total += side_bytes(side, cache, _cached_width(cache.rank, anatomy, block, role), tokens)
-    return total
+    reduced = recipe.reduced(anatomy) if recipe else anatomy
+    sides = (("k", cache.keys), ("v", cache.values))
+    return sum(side_bytes(side, cache, _cached_width(cache.rank, reduced, block, role), tokens) for block in reduced.present for role, side in sides)
 
 
 def _cached_width(latent: CacheRank | None, anatomy: Anatomy, block: int, role: str) -> int:
     part = next((part for part in anatomy.of_block(block) if part.role == role), None)
     if latent is None or part is None or role not in latent.roles:
-        return anatomy.kv_heads * anatomy.head_dim
+        return anatomy.units_of(block).kv_heads * anatomy.head_dim
     return latent_width(latent, part, anatomy)
 
 

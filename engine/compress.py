@@ -20,6 +20,7 @@ from bitpress.engine.calibration_set import CalibrationSet, calibration_set
 from bitpress.engine.checkpoint import Checkpoint
 from bitpress.engine.errors import BitpressError, Cancelled, InputError
 from bitpress.engine.layer_store import LayerStore, MadeFrom, StoredLayer
+from bitpress.engine.mask_stats import write_mask
 from bitpress.engine.measure.memory import weights_of
 from bitpress.engine.methods import registry
 from bitpress.engine.methods.base import (
@@ -32,6 +33,7 @@ from bitpress.engine.methods.base import (
     Outcome,
     Statistics,
     TrainingOptions,
+    TurningMethod,
     finite,
 )
 from bitpress.engine.methods.catalogue import problems
@@ -42,6 +44,7 @@ from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.prepare import needs_text, preparations, prepare, prepare_again
 from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme, WeightScheme
+from bitpress.engine.shape import Shaped, chosen_for, reads_text, restore, shape_stages, shape_twin
 from bitpress.engine.train import Learner, Student, Training
 from bitpress.kernels.formats import PackedTensor, pack
 from bitpress.kernels.layout import BitmapLayout, DenseLayout, FactorLayout, Layout, PairLayout, TwoFourLayout, UniformLayout
@@ -79,12 +82,16 @@ class LayerResult:
 
 @dataclass
 class Compressed:
-    """The compressed model beside its dense twin, its matrices in the order in which they were made, and its stored bytes."""
+    """The compressed model beside its dense twin, its matrices in the order in which they were made, and its stored bytes.
+
+    recipe: the one given, with what its stages chose to remove.
+    """
 
     model: nn.Module
     layers: list[LayerResult]
     bytes: int
     seconds: float
+    recipe: Recipe
 
 
 @dataclass(frozen=True)
@@ -157,22 +164,44 @@ def compress(
     kept or belongs to another run.
     """
     _check(recipe, loaded.anatomy)
+    _check_turns(recipe)
     started = time.perf_counter()
-    shaped = shape_twin(loaded, recipe)
-    jobs = plan_jobs(recipe, loaded.anatomy, shaped.places)
-    needed = any(job.needs or job.trained or job.taught for job in jobs) or needs_text(recipe)
-    calibration = (calibration or calibration_set(loaded, recipe.calibration, recipe.seed)) if needed else None
-    made_from = MadeFrom(loaded.anatomy.fingerprint, recipe.digest(), calibration.sha256 if calibration else "")
+    texts = _Texts(loaded, recipe, calibration)
+    folder = store.folder.parent if store else None
+    if any(preparations(recipe)):
+        text = texts.get(needs_text(recipe))
+        loaded = prepare(loaded, recipe, text.ids_SL if text else None, texts.made_from(text), folder, emit, should_stop)
+    text = texts.get(reads_text(recipe))
+    chosen = chosen_for(loaded, recipe, text.ids_SL if text else None, texts.made_from(text), emit, folder, should_stop)
+    shaped = shape_twin(loaded, chosen)
+    jobs = plan_jobs(chosen.recipe, loaded.anatomy, shaped.places)
+    calibration = texts.get(any(job.needs or job.trained or job.taught for job in jobs))
+    made_from = texts.made_from(calibration)
     if store:
         store.check(job.part.name for job in jobs)
-    if any(preparations(recipe)):
-        loaded = prepare(loaded, recipe, calibration.ids_SL if calibration else None, made_from, store.folder.parent if store else None, emit, should_stop)
-        shaped = shape_twin(loaded, recipe)
-    tell_whole(recipe, loaded.anatomy, emit)
-    making = _Making(loaded.model, shaped, jobs, made_from, recipe.seed, emit, store, should_stop)
+    tell_whole(chosen.recipe, loaded.anatomy, emit)
+    making = _Making(shaped, jobs, made_from, recipe.seed, emit, store, should_stop)
     making.run(calibration)
     size = weights_of(shaped.model, loaded.anatomy.block_prefix, loaded.anatomy.itemsize).stored_bytes
-    return Compressed(shaped.model, making.results, size, time.perf_counter() - started)
+    return Compressed(shaped.model, making.results, size, time.perf_counter() - started, chosen.recipe)
+
+
+class _Texts:
+    """The text that a run may look at, drawn once and only when something asks for it."""
+
+    def __init__(self, loaded: Loaded, recipe: Recipe, given: CalibrationSet | None) -> None:
+        self.loaded, self.recipe, self.drawn = loaded, recipe, given
+
+    def get(self, needed: bool) -> CalibrationSet | None:
+        """The text; None when it is not needed."""
+        if not needed:
+            return None
+        self.drawn = self.drawn or calibration_set(self.loaded, self.recipe.calibration, self.recipe.seed)
+        return self.drawn
+
+    def made_from(self, text: CalibrationSet | None) -> MadeFrom:
+        """What a result depends on that has looked at this text."""
+        return MadeFrom(self.loaded.anatomy.fingerprint, self.recipe.digest(), text.sha256 if text else "")
 
 
 def tell_whole(recipe: Recipe, anatomy: Anatomy, emit: Emit) -> None:
@@ -192,8 +221,9 @@ def load_compressed(run_folder: Path, loaded: Loaded) -> nn.Module:
     store, made_from = LayerStore(folder), MadeFrom(loaded.anatomy.fingerprint, recipe.digest(), calibration=None)
     if any(preparations(recipe)):
         loaded = prepare_again(loaded, recipe, folder, made_from)
-    shaped = shape_twin(loaded, recipe)
-    for job in plan_jobs(recipe, loaded.anatomy, shaped.places):
+    chosen = restore(recipe, folder, made_from)
+    shaped = shape_twin(loaded, chosen)
+    for job in plan_jobs(chosen.recipe, loaded.anatomy, shaped.places):
         stored = store.load(job.part.name, made_from)
         if stored is None:
             raise BitpressError(f"The run {folder.name} is not finished.", f"The layer {job.part.name} is missing.", "Resume the run.")
@@ -206,44 +236,28 @@ def _check(recipe: Recipe, anatomy: Anatomy) -> None:
         raise InputError("This recipe does not fit the model.", " ".join(map(str, found)), "Correct the named fields and try again.")
 
 
-@dataclass(frozen=True)
-class Shaped:
-    """A twin of the dense model without the dropped blocks, its anatomy, and the place in it of every block linear that stays."""
-
-    model: nn.Module
-    anatomy: Anatomy
-    places: dict[str, str]
-
-
-def shape_twin(loaded: Loaded, recipe: Recipe) -> Shaped:
-    """The twin that a recipe's structure asks for; its matrices are still those of the dense model."""
-    model, anatomy = surgery.twin(loaded.model), loaded.anatomy
-    if recipe.kv_cache:
-        model.kv_scheme = recipe.kv_cache  # type: ignore[assignment]  # read by whatever decodes or scores the model
-    gone = recipe.dropped_blocks(anatomy)
-    moved = surgery.drop_blocks(model, anatomy, gone) if gone else {block: block for block in range(anatomy.blocks)}
-    parts = {part.name: _moved(part, moved, anatomy.block_prefix) for part in anatomy.linears if part.block in moved}
-    fields = {**anatomy.model_dump(), "blocks": len(moved), "linears": tuple(parts.values())}
-    return Shaped(model, Anatomy.model_validate(fields), {name: part.name for name, part in parts.items()})
-
-
-def _moved(part: Part, moved: dict[int, int], prefix: str) -> Part:
-    block = moved[part.block or 0]
-    return part.model_copy(update={"name": f"{prefix}.{block}{part.name.removeprefix(f'{prefix}.{part.block}')}", "block": block})
+def _check_turns(recipe: Recipe) -> None:
+    """A turning preparation mixes neurons, so that none of them could be taken out of a model by itself afterwards."""
+    structure = recipe.structure
+    cuts = shape_stages(recipe) or structure.remove_heads or structure.remove_neurons
+    if cuts and any(isinstance(method, TurningMethod) for _, method, _ in preparations(recipe)):
+        why = "A rotation mixes the neurons that would be removed."
+        raise InputError("This recipe rotates the model and removes parts of it.", why, "Leave out the rotation, or what removes heads, neurons or blocks.")
 
 
 def plan_jobs(recipe: Recipe, anatomy: Anatomy, places: dict[str, str]) -> list[LayerJob]:
     """Every matrix that the recipe changes, block by block in the order in which they run, embedding and head last."""
-    preparing = {number for number, _, _ in preparations(recipe)}
-    methods = {number: registry.on_weights(stage.method) for number, stage in enumerate(recipe.stages) if number not in preparing}
-    staged = {number: (method, method.parse(recipe.stages[number].options)) for number, method in methods.items()}
-    plan = plan_stages(recipe, anatomy, {method.name: method.ability for method in methods.values()})
-    schemes = {name: settled(scheme, anatomy.by_name[name], anatomy.itemsize) for name, scheme in recipe.resolve(anatomy).items()}
+    methods = [registry.get(stage.method) for stage in recipe.stages]
+    known = {number: method for number, method in enumerate(methods) if isinstance(method, LinearMethod | BlockMethod | ModelMethod)}
+    staged = {number: (method, method.parse(recipe.stages[number].options)) for number, method in known.items()}
+    plan = plan_stages(recipe, anatomy, {method.name: method.ability for method in methods})
+    parts = recipe.reduced(anatomy).by_name
+    schemes = {name: settled(scheme, parts[name], anatomy.itemsize) for name, scheme in recipe.resolve(anatomy).items()}
     jobs = []
     for name, numbers in plan.steps.items():
         if numbers:
             layout, chosen = layout_of(schemes[name], anatomy.itemsize), tuple(staged[number] for number in numbers)
-            jobs.append(LayerJob(anatomy.by_name[name], places[name], schemes[name], layout, chosen, name in plan.joint))
+            jobs.append(LayerJob(parts[name], places[name], schemes[name], layout, chosen, name in plan.joint))
     ends: list[tuple[Part | None, EmbeddingScheme | None]] = [(anatomy.embedding, recipe.embedding), (anatomy.head, recipe.head)]
     return jobs + [_end_job(part, scheme, list(staged.values())) for part, scheme in ends if part and scheme]
 
@@ -380,7 +394,6 @@ def _install_embedding(model: nn.Module, place: str, module: nn.Embedding, conte
 class _Making:
     """One pass over the jobs; holds what has been made so far."""
 
-    dense: nn.Module
     shaped: Shaped
     jobs: list[LayerJob]
     made_from: MadeFrom
@@ -457,7 +470,7 @@ class _Making:
     def trained(self, jobs: list[LayerJob], stats: Mapping[str, Statistics]) -> list[StoredLayer]:
         assert self.side is not None and jobs[0].trained is not None
         method, options = jobs[0].trained
-        modules = [surgery.get(self.dense, job.part.name) for job in jobs]
+        modules = [surgery.get(self.shaped.model, job.place) for job in jobs]
         dense = [dense_weight(module, job) for module, job in zip(modules, jobs, strict=True)]
         given = [stats.get(job.place, {}) for job in jobs]
         prunes = [prepared(weight_NK, job, seen, self.note).weight_NK for weight_NK, job, seen in zip(dense, jobs, given, strict=True)]
@@ -512,13 +525,19 @@ class _Making:
         stored = self.store.load(job.part.name, self.made_from) if self.store else None
         reused = stored is not None
         if stored is None:
-            stored = make_layer(surgery.get(self.dense, job.part.name), job, stats, self.note)
+            stored = make_layer(surgery.get(self.shaped.model, job.place), job, stats, self.note)
             if self.store:
                 self.store.save(stored, self.made_from)
         return self.installed(job, stored, time.perf_counter() - begun, reused)
 
     def installed(self, job: LayerJob, stored: StoredLayer, seconds: float, reused: bool) -> LayerResult:
+        pruned = job.scheme.sparsity is not None and not reused
+        dense_NK = dense_weight(surgery.get(self.shaped.model, job.place), job).clone() if pruned and self.store else None
         kernel, reason = install(self.shaped.model, job, stored)
+        if dense_NK is not None and self.store:
+            module = surgery.get(self.shaped.model, job.place)
+            made_NK = module.dequantize() if isinstance(module, PackedLinear) else dense_weight(module, job)
+            write_mask(self.store.folder.parent, job.part.name, dense_NK, made_NK)
         return LayerResult(stored.layer, stored.method, stored.error, stored.nbytes, round(seconds, 4), kernel, reason, reused)
 
     def note(self, text: str) -> None:

@@ -162,6 +162,9 @@ class _Block:
         self.activation = F.silu if activation in SILU else mlp.act_fn
         self.attention_norm, self.mlp_norm = _Norm(block.input_layernorm, dtype), _Norm(block.post_attention_layernorm, dtype)
         self.head_norms = [_Norm(norm, dtype) for norm in (attention.q_norm, attention.k_norm)] if hasattr(attention, "q_norm") else []
+        self.heads, self.kv_heads = (linear.out_features // attention.head_dim for linear in (attention.q_proj, attention.k_proj))
+        self.neurons = mlp.down_proj.in_features
+        self.key_head_of: Tensor | None = getattr(attention, "key_head_of", None)  # where groups of query heads are of unlike size
 
     @property
     def parts(self) -> BlockParts:
@@ -189,7 +192,7 @@ class _Norm:
 
 
 class _OwnLoop:
-    """Llama-like blocks over a static cache [block, 1, KV heads of keys then of values, position, channel]."""
+    """Llama-like blocks, each over its own part of a static cache: [1, KV heads of keys then of values, position, channel]."""
 
     def __init__(self, decoder: Decoder) -> None:
         model, config = decoder.model, decoder.model.config.get_text_config()
@@ -198,26 +201,27 @@ class _OwnLoop:
         self.norm, self.head = _Norm(model.model.norm, self.step_dtype), join([model.get_output_embeddings()], self.step_dtype)
         attention = model.model.layers[0].self_attn
         self.channels, self.scale = attention.head_dim, attention.scaling
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.cos, self.sin = self._rotary(model.model.rotary_emb, decoder)
         self._allocate(decoder)
-        plain = all(block.activation is F.silu and not block.head_norms for block in self.blocks)
-        self._ffn = config.intermediate_size
+        plain = all(block.activation is F.silu and not block.head_norms and block.key_head_of is None for block in self.blocks)
         self.fused_steps = plain and decoder.device.type == "cpu" and self.step_dtype == torch.bfloat16 and cpu_step.available()
 
     @cached_property
     def whole_step(self) -> TokenStep | None:
-        """All blocks of a step as one call; None where some part of them has no such path. Laying codes out takes a moment."""
-        return TokenStep.of([block.parts for block in self.blocks])
+        """All blocks of a step as one call; None where they differ in shape or some part has no such path. Laying codes out takes a moment."""
+        alike = len({(block.heads, block.kv_heads, block.neurons) for block in self.blocks}) == 1
+        return TokenStep.of([block.parts for block in self.blocks]) if alike else None
 
     def _allocate(self, decoder: Decoder) -> None:
-        shape = (len(self.blocks), 1, 2 * self.kv_heads, decoder.max_length, self.channels)
-        self.cache = torch.empty(shape, dtype=self.cache_dtype, device=decoder.device)
+        sizes = [2 * block.kv_heads for block in self.blocks]  # planes of keys and values of each block, in one tensor
+        joined = torch.empty(sum(sizes), decoder.max_length, self.channels, dtype=self.cache_dtype, device=decoder.device)
+        self.caches = [part[None] for part in joined.split(sizes)]
+        self.cache = joined.view(len(sizes), 1, sizes[0], *joined.shape[1:]) if len(set(sizes)) == 1 else joined
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of the positions that are filled."""
-        return self.cache[:, :, :, : self.position].numel() * self.cache.element_size()
+        return sum(cache[:, :, : self.position].numel() * cache.element_size() for cache in self.caches)
 
     def _rotary(self, rotary: nn.Module, decoder: Decoder) -> tuple[Tensor, Tensor]:
         """Tables [position, 1, C]. The sine's first half is negated, so that turning is x * cos + roll(x, C / 2) * sin."""
@@ -226,12 +230,17 @@ class _OwnLoop:
         half = self.channels // 2
         return cos[0][:, None], torch.cat((-sin[0][:, :half], sin[0][:, half:]), dim=-1)[:, None]
 
-    def _angles(self, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [T, heads of q, k and v, C] of these positions; values are turned by 0, so that one product does for all."""
-        turned = self.heads + self.kv_heads
-        cos, sin = (table[start:stop].to(dtype).expand(-1, turned, -1) for table in (self.cos, self.sin))
-        still = (0, 0, 0, self.kv_heads)
-        return F.pad(cos, still, value=1.0), F.pad(sin, still)
+    def _angles(self, start: int, stop: int, dtype: torch.dtype) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        """For each pair of head counts that blocks have, cosines and sines [T, heads of q, k and v, C] of these positions.
+
+        Values are turned by 0, so that one product does for all.
+        """
+        made = {}
+        for heads, kv_heads in {(block.heads, block.kv_heads) for block in self.blocks}:
+            cos, sin = (table[start:stop].to(dtype).expand(-1, heads + kv_heads, -1) for table in (self.cos, self.sin))
+            still = (0, 0, 0, kv_heads)
+            made[heads, kv_heads] = F.pad(cos, still, value=1.0), F.pad(sin, still)
+        return made
 
     def reset(self) -> None:
         self.position = 0
@@ -249,11 +258,12 @@ class _OwnLoop:
         if len(ids_T) == 1 and self.fused_steps:
             return self._step(ids_T)
         angles = self._angles(start, stop, dtype)
-        new, seen = self.cache[:, 0, :, start:stop].unbind(), self.cache[:, :, :, :stop]
-        keys, values = seen[:, :, : self.kv_heads].unbind(), seen[:, :, self.kv_heads :].unbind()
         x_TD = self.embed(ids_T).to(dtype)
-        for block, *slots in zip(self.blocks, new, keys, values, strict=True):
-            x_TD = x_TD + block.out(self._attend(block, block.attention_norm(x_TD), angles, *slots))
+        for block, cache in zip(self.blocks, self.caches, strict=True):
+            new, seen = cache[0, :, start:stop], cache[:, :, :stop]
+            turning = angles[block.heads, block.kv_heads]
+            attended = self._attend(block, block.attention_norm(x_TD), turning, new, seen[:, : block.kv_heads], seen[:, block.kv_heads :])
+            x_TD = x_TD + block.out(attended)
             gate, up = block.gate_up(block.mlp_norm(x_TD)).chunk(2, dim=-1)
             x_TD = x_TD + block.down(block.activation(gate) * up)
         self.position = stop
@@ -264,11 +274,12 @@ class _OwnLoop:
         at = self.position
         x_1D, cos_C, sin_C = self.embed(ids_1).to(self.step_dtype), self.cos[at, 0], self.sin[at, 0]
         if self.whole_step is not None:
+            first = self.blocks[0]
             self.position = at + 1
-            return self.norm(self.whole_step(x_1D.contiguous(), cos_C, sin_C, self.cache, at, self.heads, self.scale, self._ffn))
-        for block, cache in zip(self.blocks, self.cache[:, 0].unbind(), strict=True):
+            return self.norm(self.whole_step(x_1D.contiguous(), cos_C, sin_C, self.cache, at, first.heads, self.scale, first.neurons))
+        for block, cache in zip(self.blocks, self.caches, strict=True):
             qkv = block.qkv(block.attention_norm(x_1D))
-            x_1D = x_1D + block.out(cpu_step.attend_one(qkv, cos_C, sin_C, cache, at, self.heads, self.scale))
+            x_1D = x_1D + block.out(cpu_step.attend_one(qkv, cos_C, sin_C, cache[0], at, block.heads, self.scale))
             gate_up = block.gate_up(block.mlp_norm(x_1D))
             x_1D = x_1D + block.down(cpu_step.gated_silu(gate_up))
         self.position = at + 1
@@ -279,20 +290,22 @@ class _OwnLoop:
         cos, sin = angles
         qkv_THC = block.qkv(x_TD).view(len(x_TD), -1, self.channels)
         if block.head_norms:
-            parts = qkv_THC.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+            parts = qkv_THC.split((block.heads, block.kv_heads, block.kv_heads), dim=1)
             qkv_THC = torch.cat((*(norm(part) for norm, part in zip(block.head_norms, parts[:2], strict=True)), parts[2]), dim=1)
         qkv_THC = torch.addcmul(qkv_THC * cos, qkv_THC.roll(self.channels // 2, -1), sin)
-        new.copy_(qkv_THC[:, self.heads :].transpose(0, 1))
+        new.copy_(qkv_THC[:, block.heads :].transpose(0, 1))
+        if block.key_head_of is not None:
+            keys, values = (side.index_select(1, block.key_head_of) for side in (keys, values))
         mix = self._mix_one if len(x_TD) == 1 else self._mix
-        return mix(qkv_THC[:, : self.heads], keys, values)
+        return mix(qkv_THC[:, : block.heads], keys, values)
 
     def _mix_one(self, query_1HC: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Query heads that share a key head stand in for positions: nothing is repeated and nothing masked."""
-        query = query_1HC.view(1, self.kv_heads, -1, self.channels)
+        query = query_1HC.view(1, keys.shape[1], -1, self.channels)
         return F.scaled_dot_product_attention(query, keys, values, scale=self.scale).view(1, -1)
 
     def _mix(self, query_THC: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        length, repeats = len(query_THC), self.heads // self.kv_heads
+        length, repeats = len(query_THC), query_THC.shape[1] // keys.shape[1]
         keys, values = (side.to(query_THC.dtype).repeat_interleave(repeats, dim=1) for side in (keys, values))
         query, mask = query_THC.transpose(0, 1)[None], None
         if self.position:

@@ -95,7 +95,7 @@ class CacheLoop(_OwnLoop):
             keys.rows.append(keys.into(x_TD))
             keys_SGC = self._turned(keys.expanded(keys.rows.read().to(x_TD.dtype)), block, 1, 0)
         values.rows.append(values.into(x_TD))
-        return self._mix_rows(query_THC, keys_SGC, values, values.rows.read().to(x_TD.dtype))
+        return self._mix_rows(block, query_THC, keys_SGC, values, values.rows.read().to(x_TD.dtype))
 
     def _turned(self, flat_TN: Tensor, block: _Block, which: int, start: int) -> Tensor:
         """Heads [T, ., C] of queries (0) or keys (1), normed where the family norms them, turned to positions from `start`."""
@@ -105,34 +105,37 @@ class CacheLoop(_OwnLoop):
         cos, sin = (table[start : start + len(x_THC)].to(x_THC.dtype) for table in (self.cos, self.sin))
         return torch.addcmul(x_THC * cos, x_THC.roll(self.channels // 2, -1), sin)
 
-    def _mix_rows(self, query_THC: Tensor, keys_SGC: Tensor, side: Side, rows_SD: Tensor) -> Tensor:
+    def _mix_rows(self, block: _Block, query_THC: Tensor, keys_SGC: Tensor, side: Side, rows_SD: Tensor) -> Tensor:
         """Every query head mixes the rows of its group: [T, heads * C]."""
-        length, held, groups = len(query_THC), len(keys_SGC), self.kv_heads
-        values_SGE = self._per_head(side, rows_SD)
+        values_SGE, shared = self._per_head(side, rows_SD, block.kv_heads), block.key_head_of
+        if shared is not None:  # groups of unlike size: each query head gets rows of its own
+            keys_SGC, values_SGE = keys_SGC.index_select(1, shared), values_SGE.index_select(1, shared)
+        length, held, groups = len(query_THC), len(keys_SGC), keys_SGC.shape[1]
         query = query_THC.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)[None]  # [1, G, repeats * T, C]
         mask = None
         if length > 1:
             ones = torch.ones(length, held, dtype=torch.bool, device=query_THC.device)
-            mask = ones.tril(held - length).repeat(self.heads // groups, 1)
+            mask = ones.tril(held - length).repeat(block.heads // groups, 1)
         keys, values = (rows.transpose(0, 1)[None] for rows in (keys_SGC, values_SGE))
         mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scale)
         mixed_TGRE = mixed[0].unflatten(1, (-1, length)).permute(2, 0, 1, 3)
-        return self._raised(side, mixed_TGRE).flatten(1)
+        return self._raised(side, mixed_TGRE, block).flatten(1)
 
-    def _per_head(self, side: Side, rows_SD: Tensor) -> Tensor:
+    def _per_head(self, side: Side, rows_SD: Tensor, kv_heads: int) -> Tensor:
         """What each head of values mixes, [S, G, E]: its channels, its own latent, or the one that all share."""
         if side.up_NR is None or self.each:
-            return rows_SD.unflatten(1, (self.kv_heads, -1))
-        return rows_SD[:, None].expand(-1, self.kv_heads, -1)
+            return rows_SD.unflatten(1, (kv_heads, -1))
+        return rows_SD[:, None].expand(-1, kv_heads, -1)
 
-    def _raised(self, side: Side, mixed_TGRE: Tensor) -> Tensor:
+    def _raised(self, side: Side, mixed_TGRE: Tensor, block: _Block) -> Tensor:
         """Mixed latents through the factor of their head: [T, G, repeats, C]."""
         if side.up_NR is None:
             return mixed_TGRE
-        up_GCE = side.up_NR.unflatten(0, (self.kv_heads, -1))
+        up_GCE = side.up_NR.unflatten(0, (block.kv_heads, -1))
         if self.each:
-            up_GCE = torch.stack([up_CR.unflatten(1, (self.kv_heads, -1))[:, head] for head, up_CR in enumerate(up_GCE)])
-        raised = torch.einsum("tgre,gce->tgrc", mixed_TGRE, up_GCE.to(mixed_TGRE.dtype))
+            up_GCE = torch.stack([up_CR.unflatten(1, (block.kv_heads, -1))[:, head] for head, up_CR in enumerate(up_GCE)])
+        shared = torch.arange(block.kv_heads, device=up_GCE.device) if block.key_head_of is None else block.key_head_of
+        raised = torch.einsum("tgre,gce->tgrc", mixed_TGRE, up_GCE[shared].to(mixed_TGRE.dtype))
         if side.bias_N is None:
             return raised
-        return raised + side.bias_N.to(raised.dtype).unflatten(0, (self.kv_heads, 1, -1))  # weights of a mix sum to one
+        return raised + side.bias_N.to(raised.dtype).unflatten(0, (block.kv_heads, 1, -1))[shared]  # weights of a mix sum to one

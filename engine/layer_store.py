@@ -109,6 +109,27 @@ class LayerStore:
             raise _mismatch(strangers[0], "recipe")
 
 
+class ShapeStore:
+    """The file `shape.safetensors` of one run: what its stages chose to remove, and the weights that they repaired."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.path = Path(run_folder) / "shape.safetensors"
+
+    def save(self, chosen: dict[str, Any], tensors: dict[str, Tensor], made_from: MadeFrom) -> None:
+        """Write it: whole or not at all. chosen: plain values. Raises BitpressError as `LayerStore.save`."""
+        record = {"v": LAYER_VERSION, "chosen": chosen, "made_from": asdict(made_from), "sha256": digest_of_tensors(tensors)}
+        write_tensors(self.path, tensors, json.dumps(record, sort_keys=True))
+
+    def load(self, made_from: MadeFrom) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """(what was chosen, repaired weights by name); None when nothing was chosen yet. Raises BitpressError as `LayerStore.load`."""
+        if not self.path.exists():
+            return None
+        record, tensors = read_tensors(self.path)
+        if changed := made_from.first_change(record["made_from"]):
+            raise _mismatch("shape", changed)
+        return record["chosen"], tensors
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: str) -> None:
     """Write a file of tensors whole or not at all. Raises BitpressError with bytes needed and free when the disk is full."""
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"bitpress": metadata})

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool, ValidationError, model_validator
 
 from bitpress.engine.errors import InputError
 from bitpress.engine.model.anatomy import Anatomy, Part
-from bitpress.engine.targets import chosen_blocks, matches, pattern_problem
+from bitpress.engine.structure import Keep, Strict, Structure, Whole, plain_number, structure_problems, whole_number
+from bitpress.engine.targets import matches, pattern_problem
 
 SCHEMA_VERSION = 1
 CACHED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")  # decoded by our own loop
@@ -24,21 +25,10 @@ MAX_YAML_BYTES = 1 << 20
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same safe subset, eight times faster where libyaml is there
 
 
-def _whole(value: Any) -> Any:
-    """Refuse 4.0, '4' and True where a whole number is meant: a silent conversion would hide a typing error."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"must be a whole number, not {value!r}")
-    return value
-
-
-def _share(value: Any) -> Any:
+def _ratio(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"must be a number, not {value!r}")
-    return value
-
-
-def _ratio(value: Any) -> Any:
-    if _share(value) == 1:
+    if value == 1:
         raise ValueError(f"{value!r} would leave nothing of a matrix; use at most 0.99, or drop the block under `structure`")
     return value
 
@@ -58,26 +48,18 @@ def _group(value: Any) -> Any:
 
 
 def _rank(value: Any) -> Any:
-    if _whole(value) < 1:
+    if whole_number(value) < 1:
         raise ValueError(f"{value} is no rank: a factored matrix keeps at least 1; to take a block out use `structure`")
     return value
 
 
 Bits = Annotated[int, BeforeValidator(_width)]
 GroupSize = Annotated[int, BeforeValidator(_group)]
-Whole = Annotated[int, BeforeValidator(_whole)]
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(_ratio)]
 Format = Literal["uniform", "nf4", "fp4", "bcq"]
 Zero = Literal["integer", "float"]
 FORMAT_BITS: dict[str, tuple[int, ...]] = {"uniform": BITS, "nf4": (4,), "fp4": (4,), "bcq": (2, 3, 4)}
 Rank = Annotated[int, BeforeValidator(_rank)]
-Keep = Annotated[float, Field(gt=0.0, le=1.0), BeforeValidator(_share)]
-
-
-class Strict(BaseModel):
-    """Base of all recipe parts: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class WeightScheme(Strict):
@@ -144,7 +126,7 @@ class ActivationScheme(Strict):
     """
 
     bits: Literal[8, 4]
-    outliers: Annotated[float, Field(gt=0.0, le=1e4), BeforeValidator(_share)] | None = None
+    outliers: Annotated[float, Field(gt=0.0, le=1e4), BeforeValidator(plain_number)] | None = None
 
 
 class Scheme(Strict):
@@ -239,22 +221,6 @@ class Calibration(Strict):
     length: Annotated[Whole, Field(ge=8, le=32768)] = 512
 
 
-class Neurons(Strict):
-    """Share of the MLP neurons that the matching blocks keep."""
-
-    match: str = "*"
-    keep: Keep
-
-
-class Structure(Strict):
-    """What changes the model's shape. `drop_blocks` is a list of block numbers or a selector such as "odd" or "last4"."""
-
-    drop_blocks: list[Whole] | str = Field(default_factory=list)
-    remove_heads: dict[int, list[Whole]] = Field(default_factory=dict)
-    neurons: Neurons | None = None
-    share_blocks: list[list[Whole]] = Field(default_factory=list)
-
-
 class Stage(Strict):
     """One method with its options; it acts on the targets whose scheme its family can satisfy."""
 
@@ -340,8 +306,11 @@ class Recipe(Strict):
 
     def dropped_blocks(self, anatomy: Anatomy) -> list[int]:
         """The block numbers that `structure` removes, sorted. Raises InputError for a selector that is not understood."""
-        wanted = self.structure.drop_blocks
-        return sorted(set(wanted)) if isinstance(wanted, list) else sorted(chosen_blocks(wanted, anatomy.blocks))
+        return self.structure.dropped(anatomy.blocks)
+
+    def reduced(self, anatomy: Anatomy) -> Anatomy:
+        """The anatomy that `structure` leaves, under the dense model's names and block numbers."""
+        return anatomy.reduced(self.dropped_blocks(anatomy), self.structure.units(anatomy))
 
     def resolve(self, anatomy: Anatomy) -> dict[str, Scheme]:
         """The scheme of every block linear that stays, by layer name, in the order in which the layers run."""
@@ -399,24 +368,17 @@ class Recipe(Strict):
             return []
         if cache_problems(self.kv_cache, anatomy):
             return []
+        shapes = self.reduced(anatomy).by_name
         for name, scheme in self.resolve(anatomy).items():
-            for wrong, right in _shape_problems(scheme, anatomy.by_name[name]):
+            for wrong, right in _shape_problems(scheme, shapes[name]):
                 found.append(Problem(field=f"schemes ({name})", wrong=wrong, right=right))
         return found[:20]
 
     def _structure_problems(self, anatomy: Anatomy) -> list[Problem]:
-        try:
-            gone = self.dropped_blocks(anatomy)
-        except InputError as error:
-            return [Problem(field="structure.drop_blocks", wrong=error.what, right=error.remedy)]
-        outside = [block for block in gone if not 0 <= block < anatomy.blocks]
-        if outside:
-            return [Problem(field="structure.drop_blocks", wrong=f"The model has no block {outside[0]}.", right=f"Blocks are 0 to {anatomy.blocks - 1}.")]
-        if len(gone) == anatomy.blocks:
-            return [Problem(field="structure.drop_blocks", wrong="Every block would be dropped.", right="Leave at least one.")]
+        found = structure_problems(self.structure, anatomy)
         if self.head is not None and anatomy.tied:
-            return [Problem(field="head", wrong="This model's head is tied to its embedding.", right="Set `embedding` instead.")]
-        return []
+            found.append(("head", "This model's head is tied to its embedding.", "Set `embedding` instead."))
+        return [Problem(field=field, wrong=wrong, right=right) for field, wrong, right in found]
 
 
 def _shape_problems(scheme: Scheme, part: Part) -> list[tuple[str, str]]:

@@ -8,17 +8,20 @@ import streamlit as st
 from bitpress.app import readings, state
 from bitpress.app.ui import controls, live_panel, live_session, model_picker
 from bitpress.app.ui.answers import answers
+from bitpress.app.ui.block_diagram import block_diagram, changed
 from bitpress.app.ui.cache_controls import cache_controls
 from bitpress.app.ui.equivalent import equivalent
 from bitpress.app.ui.exceptions_table import exceptions_table
 from bitpress.app.ui.layer_detail import layer_detail
 from bitpress.app.ui.layer_map import layer_map, selected
 from bitpress.app.ui.live_panel import POLL_SECONDS, told
+from bitpress.app.ui.mask_picture import mask_picture, read_mask
 from bitpress.app.ui.metric_cards import CARD_HEIGHT, cards
 from bitpress.app.ui.notices import error_markdown, guarded, show_error
 from bitpress.app.ui.overlays import OVERLAYS, Picture, cells_of, legend_of, missing_reason, scale_of, selection_parts
 from bitpress.app.ui.recipe_menu import recipe_menu
 from bitpress.app.ui.run_view import RunView
+from bitpress.app.ui.shape_controls import shape_controls
 from bitpress.app.ui.side_by_side import side_by_side
 from bitpress.app.ui.sidebar import sidebar
 from bitpress.app.ui.theme import style
@@ -195,6 +198,9 @@ def draw_map(anatomy: Anatomy, status: Status | None, run: Run | None, view: Run
     layer_map(cells_of(picture, overlay), state.MAP, label=label, legend=legend_of(picture, overlay), scale=scale_of(overlay))
     if reason := missing_reason(picture, overlay):
         st.caption(reason)
+    decided = run.decided_recipe() if run is not None and mine else None
+    if changed(decided or recipe):
+        block_diagram(decided or recipe, anatomy)
 
 
 def overlay_picker() -> str:
@@ -221,6 +227,10 @@ def settings(anatomy: Anatomy) -> None:
             cache_controls(anatomy)
             controls.protect_controls(anatomy)
             controls.drop_controls(anatomy)
+        shape = st.expander("Heads, neurons and depth", key="shape", on_change="rerun")
+        if shape.open:
+            with shape:
+                shape_controls(anatomy)
         # Drawn when it is opened, as the table is the slowest widget of the page.
         lines = st.expander("Lines of the recipe", key="lines", on_change="rerun")
         if lines.open:
@@ -236,6 +246,10 @@ def from_near(anatomy: Anatomy, schemes: Mapping[str, Scheme]) -> None:
     if len(names) == 1:
         with st.container(border=True, key="detail-box"):
             layer_detail(anatomy.model, anatomy.by_name[names[0]], schemes.get(names[0]), key="detail")
+            run = current_run(anatomy)
+            record = read_mask(run.path, names[0]) if run is not None else None
+            if record is not None:
+                mask_picture(record, key="mask")
     else:
         st.caption("Select one layer on the map to see its weights, its error against bits and its spectrum.")
 

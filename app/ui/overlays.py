@@ -43,7 +43,8 @@ def cells_of(picture: Picture, overlay: str) -> list[Cell]:
     """Every square of the map under one overlay, in the order of rows and blocks, the parts outside the blocks last."""
     schemes = picture.schemes
     paint = _painter(picture, overlay, schemes)
-    found = {(part.role, part.block): part for part in picture.anatomy.linears}
+    smaller = picture.recipe.reduced(picture.anatomy).by_name
+    found = {(part.role, part.block): smaller.get(part.name, part) for part in picture.anatomy.linears}
     cells = []
     for role in picture.anatomy.roles:
         for block in range(picture.anatomy.blocks):
@@ -60,7 +61,8 @@ def _cell(picture: Picture, part: Part, schemes: Mapping[str, Scheme], paint: Ca
     scheme = schemes.get(part.name)
     value, text, level = paint(part)
     zeros = scheme.sparsity.ratio if scheme and scheme.sparsity else 0.0
-    side = 1 - (1 - SMALLEST_SQUARE) * min(1.0, zeros)
+    gone = 1 - (1 - zeros) * part.numel / picture.anatomy.by_name[part.name].numel
+    side = 1 - (1 - SMALLEST_SQUARE) * min(1.0, gone)
     return Cell(part.name, part.role, part.block, value, text, _title(picture, part, scheme), side, level, _state(picture, part, scheme))
 
 
@@ -169,7 +171,9 @@ def _end(picture: Picture, overlay: str, part: Part, bits: int) -> Cell:
 
 def legend_of(picture: Picture, overlay: str) -> Legend:
     """The legend that belongs to `cells_of` of the same overlay."""
+    structure = picture.recipe.structure
     notes = ["smaller square: more zeros"] if any(line.sparsity for line in picture.recipe.schemes) else []
+    notes += ["smaller square: heads or neurons gone"] if structure.shares or structure.remove_heads or structure.remove_neurons else []
     notes += ["outline: removed"] if picture.recipe.structure.drop_blocks else []
     notes += ["faint: not done yet"] if picture.done is not None else []
     return Legend(legend_title(picture, overlay), _steps(picture, overlay), tuple(notes))

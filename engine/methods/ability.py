@@ -12,15 +12,21 @@ class Ability(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    part: Literal["weights", "sparsity", "rank", "prepare"]  # prepare: none of them, but something before them
+    part: Literal["weights", "sparsity", "rank", "prepare", "structure", "ratios"]  # prepare: none of them, but something before them
     bits: tuple[int, ...] = ()  # widths, for weights
     formats: tuple[str, ...] = ("uniform",)  # of codes, for weights
     zeros: tuple[str, ...] = ("integer",)  # of asymmetric uniform codes, for weights
     patterns: tuple[str, ...] = ()  # patterns of zeros, for sparsity
+    units: tuple[str, ...] = ()  # what it removes, for structure: blocks, heads, neurons
     factors: bool = True  # whether it can be given each factor of a low-rank matrix, where it gives weights
     latent: bool = False  # low rank of those matrices only whose middle the KV cache holds
     bias: bool = False  # whether it gives the bias that a rank can ask for
     also: Literal["weights"] | None = None  # a second part, given in the same pass unless a later stage gives it
+
+    @property
+    def shapes(self) -> bool:
+        """True for a method that decides what goes of the whole model and gives no single layer its scheme."""
+        return self.part in ("structure", "ratios")
 
     def satisfies(self, scheme: Scheme) -> bool:
         """True when the scheme asks for this part with a value that the method has."""

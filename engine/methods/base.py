@@ -6,7 +6,7 @@ A new method is one file in the folder of its family with one subclass of `Linea
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,6 +18,9 @@ from bitpress.engine.methods.quantize.pipeline import Codes
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import Scheme
 from bitpress.kernels.formats import PackedTensor
+
+if TYPE_CHECKING:
+    from bitpress.engine.scene import Scene
 
 Family = Literal["prepare", "quantize", "prune", "lowrank", "share", "kvcache", "distill"]
 Statistics = Mapping[str, Tensor]  # of one layer's inputs, by name, such as "second_moment" [K]
@@ -270,6 +273,24 @@ class ModelMethod(Method):
     @abstractmethod
     def objective(self, options: Any) -> Objective:
         """What is to be minimised, at the start of a training."""
+
+
+class ShapeMethod(Method):
+    """A method that decides what goes of a model, before any single matrix is looked at: blocks, heads, neurons, or each layer's share of zeros.
+
+    What it decides is written into the run, so that resuming and loading never decide again.
+    """
+
+    acts_on: ClassVar[str] = "model"
+    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+
+    def reads_text(self, options: Any) -> bool:
+        """Whether it looks at text with these options."""
+        return "text" in self.needs
+
+    @abstractmethod
+    def shape(self, scene: "Scene", options: Any) -> None:
+        """Take out of the scene's model what is to go, through the scene. options: an instance of `Options`."""
 
 
 def finite(weight_NK: Tensor, layer: str) -> Tensor:

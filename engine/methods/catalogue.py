@@ -76,7 +76,7 @@ def problems(recipe: Recipe, anatomy: Anatomy, catalogue: dict[str, Any] | None 
 def check_stages(recipe: Recipe, anatomy: Anatomy, catalogue: dict[str, Any]) -> list[Problem]:
     """What of the stages cannot work: unknown methods, wrong options, schemes without a stage, stages without work."""
     entries = {entry["id"]: entry for entry in catalogue["methods"]}
-    found = [*_method_problems(recipe, entries), *_unserved(recipe)]
+    found = [*_method_problems(recipe, entries), *_unserved(recipe, entries)]
     if found or recipe.validate_for(anatomy):
         return found  # the plan of a recipe that does not fit would only repeat what is wrong
     plan = plan_stages(recipe, anatomy, abilities(catalogue))
@@ -95,16 +95,17 @@ def _method_problems(recipe: Recipe, entries: dict[str, dict[str, Any]]) -> list
     return found
 
 
-def _unserved(recipe: Recipe) -> list[Problem]:
-    """Fields of a recipe that no method acts on."""
-    structure = recipe.structure
-    asked = {
-        "structure.remove_heads": structure.remove_heads,
-        "structure.neurons": structure.neurons,
-        "structure.share_blocks": structure.share_blocks,
-    }
+def _unserved(recipe: Recipe, entries: dict[str, dict[str, Any]]) -> list[Problem]:
+    """Fields of a recipe that no method, or no stage of this recipe, acts on."""
+    asked = {"structure.share_blocks": recipe.structure.share_blocks}
     wrong = "No method in this Bitpress does this."
-    return [Problem(field=name, wrong=wrong, right="Remove the field.") for name, value in asked.items() if value]
+    found = [Problem(field=name, wrong=wrong, right="Remove the field.") for name, value in asked.items() if value]
+    for kind in ("heads", "neurons"):
+        able = [name for name, entry in entries.items() if kind in entry["ability"].get("units", ())]
+        if getattr(recipe.structure, kind) and not any(stage.method in able for stage in recipe.stages):
+            right = f"Add a stage such as `method: {able[0]}`." if able else "Remove the field."
+            found.append(Problem(field=f"structure.{kind}", wrong=f"Asks for fewer {kind}, but no stage chooses them.", right=right))
+    return found
 
 
 def _unmet_problems(plan: Plan, recipe: Recipe, anatomy: Anatomy, entries: dict[str, dict[str, Any]]) -> list[Problem]:

@@ -33,7 +33,7 @@ def plan_stages(recipe: Recipe, anatomy: Anatomy, known: dict[str, Ability]) -> 
         steps = plan.steps.setdefault(name, [])
         for number, stage in enumerate(recipe.stages):
             ability = known.get(stage.method)
-            if ability is None or not matches(stage.targets, anatomy.by_name[name], anatomy.blocks):
+            if ability is None or ability.shapes or not matches(stage.targets, anatomy.by_name[name], anatomy.blocks):
                 continue
             if ability.part not in done and ability.satisfies(scheme):
                 steps.append(number)
@@ -45,7 +45,8 @@ def plan_stages(recipe: Recipe, anatomy: Anatomy, known: dict[str, Ability]) -> 
         _leftovers(plan, name, scheme, done)
     used = {number for steps in plan.steps.values() for number in steps}
     preparing = {number for number, stage in enumerate(recipe.stages) if (ability := known.get(stage.method)) and ability.part == "prepare"}
-    plan.idle = [number for number in range(len(recipe.stages)) if number not in used and (number not in preparing or not used)]
+    shaping = {number for number, stage in enumerate(recipe.stages) if (ability := known.get(stage.method)) and ability.shapes}
+    plan.idle = [number for number in range(len(recipe.stages)) if number not in used | shaping and (number not in preparing or not used)]
     plan.misplaced = sorted(number for number in preparing if used and number > min(used))
     return plan
 

@@ -3,9 +3,10 @@
 `inspect.py` beside this file makes the record from a loaded model and writes it as `anatomy.json`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -31,6 +32,14 @@ class Part(BaseModel):
     def numel(self) -> int:
         """Weights in the matrix, its bias not counted."""
         return self.out_features * self.in_features
+
+
+class Units(NamedTuple):
+    """How many query heads, key-value heads and MLP neurons a block has."""
+
+    heads: int
+    kv_heads: int
+    neurons: int
 
 
 class Anatomy(BaseModel):
@@ -69,6 +78,49 @@ class Anatomy(BaseModel):
     def of_block(self, block: int) -> Iterator[Part]:
         """The linears of one block, in the order in which they run."""
         return (part for part in self.linears if part.block == block)
+
+    @property
+    def present(self) -> list[int]:
+        """The numbers of the blocks that are there: all, unless it is a reduced anatomy."""
+        return sorted({part.block for part in self.linears if part.block is not None})
+
+    @property
+    def units(self) -> Units:
+        """What every block has while nothing is removed."""
+        return Units(self.heads, self.kv_heads, self.ffn)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key-value head."""
+        return max(1, self.heads // max(1, self.kv_heads))
+
+    def units_of(self, block: int) -> Units:
+        """What a block of a reduced anatomy has, from the shapes of its matrices; a head size of 0 counts as no heads."""
+        sizes = {part.role: part for part in self.of_block(block)}
+        inner = next((sizes[role].in_features for role in ("down", "fc2") if role in sizes), self.ffn)
+        if not self.head_dim or not {"o", "k"} <= set(sizes):
+            return self.units._replace(neurons=inner)
+        return Units(sizes["o"].in_features // self.head_dim, sizes["k"].out_features // self.head_dim, inner)
+
+    def reduced(self, dropped: Iterable[int], units: Mapping[int, Units]) -> "Anatomy":
+        """Without some blocks, and with fewer units in others. Names and block numbers stay those of the whole model, and so does `blocks`."""
+        gone = set(dropped)
+        if not gone and not units:
+            return self
+        parts = (self._resized(part, units.get(part.block or 0, self.units)) for part in self.linears if part.block not in gone)
+        return Anatomy.model_construct(**{**{name: getattr(self, name) for name in Anatomy.model_fields}, "linears": tuple(parts)})
+
+    def _resized(self, part: Part, units: Units) -> Part:
+        """A matrix between units that are fewer than all: its outputs or inputs shrink in proportion."""
+        if units == self.units:
+            return part
+        heads, kv_heads, neurons = units
+        outputs = {"q": (heads, self.heads), "k": (kv_heads, self.kv_heads), "v": (kv_heads, self.kv_heads)}
+        outputs |= dict.fromkeys(("gate", "up", "gate_up", "fc1"), (neurons, self.ffn))
+        inputs = {"o": (heads, self.heads), "down": (neurons, self.ffn), "fc2": (neurons, self.ffn)}
+        rows, columns = outputs.get(part.role, (1, 1)), inputs.get(part.role, (1, 1))
+        shape = {"out_features": part.out_features * rows[0] // rows[1], "in_features": part.in_features * columns[0] // columns[1]}
+        return part.model_copy(update=shape)
 
     @property
     def linear_params(self) -> int:

@@ -44,7 +44,7 @@ def compress(task: Task) -> None:
     task.record(digest=digest)
     _ready_kernels(task)
     made = engine.compress(loaded, recipe, task.emit, LayerStore(task.run.path), task.should_stop)
-    _measured(task, loaded, entry, recipe.measure, digest, made.model, recipe, early_stop=True)
+    _measured(task, loaded, entry, recipe.measure, digest, made.model, made.recipe, early_stop=True)
     _write_similarity(task, loaded, made.model, entry, recipe.measure)
     _write_samples(task, loaded, made.model, entry)
 
@@ -144,7 +144,7 @@ def measure(task: Task) -> None:
     resident = Resident(model_id)
     _keep_environment(task, resident.loaded)
     compressed = resident.side(run_id) if run_id else None
-    recipe = Store().get(run_id).recipe() if run_id else None
+    recipe = Store().get(run_id).decided_recipe() if run_id else None
     text = resolve_text(asked.text, resident.entry, "evaluation")[0]
     digest = digest_of((recipe or Recipe(model=model_id)).model_copy(update={"measure": asked}), resident.loaded.anatomy.fingerprint, text)
     task.record(digest=digest)

@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from bitpress.engine.chosen import decided_recipe
 from bitpress.engine.errors import BitpressError, InputError
 from bitpress.engine.home import home as default_home
 from bitpress.engine.recipe import Recipe
@@ -82,6 +83,11 @@ class Run:
         """The recipe of a compress run, None for runs that have none."""
         path = self.path / "recipe.yaml"
         return Recipe.from_yaml(path) if path.exists() else None
+
+    def decided_recipe(self) -> Recipe | None:
+        """The recipe with what the run's stages have chosen to remove."""
+        recipe = self.recipe()
+        return decided_recipe(self.path, recipe) if recipe else None
 
     def log_tail(self, lines: int = 40) -> str:
         """The last lines that the worker printed."""

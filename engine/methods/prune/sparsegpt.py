@@ -34,6 +34,8 @@ class SparseGPT(ScoredMethod):
         "Needs one pass over some text and about a minute for a small model; can round the kept weights to codes in the same sweep."
     )
     citation = "Frantar and Alistarh 2023, SparseGPT: massive language models can be accurately pruned in one-shot, arXiv 2301.00774."
+    cost = "One pass over the text and a factorisation for each input: a minute or two for a small model."
+    use_when = "At 50% zeros and beyond, and to prune and round in one sweep."
     ability: ClassVar[Ability] = Ability(part="sparsity", patterns=PATTERNS, also="weights", bits=BITS)
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
     Options = SparseGPTOptions

@@ -26,6 +26,8 @@ class Wanda(ScoredMethod):
     title = "Wanda"
     summary = "Sets the weights to zero that matter least: those of small size times the norm of their input. Needs one pass over some text."
     citation = "Sun et al. 2024, A simple and effective pruning approach for large language models, arXiv 2306.11695."
+    cost = "One pass over the text: about a minute for a small model."
+    use_when = "At 50% zeros or 2:4, when no weight is to be changed."
     needs: ClassVar[frozenset[str]] = frozenset({"second_moment"})
     Options = WandaOptions
 

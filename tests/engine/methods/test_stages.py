@@ -45,8 +45,8 @@ def test_a_recipe_that_fits_has_no_problems(found: Callable[..., list[Problem]])
         ({"stages": [{"method": "rtn"}]}, "stages[0]", "rtn has nothing to do", "set `weights`"),
         ({"schemes": [FOUR_BITS], "stages": [{"method": "rtn"}, {"method": "rtn"}]}, "stages[1]", "nothing to do", "Remove the stage"),
         ({"schemes": [FOUR_BITS, HALF], "stages": [{"method": "rtn"}, {"method": "magnitude"}]}, "stages", "after its weights", "prune or factor before"),
-        ({"structure": {"remove_heads": {1: [0]}}}, "structure.remove_heads", "No method", "Remove"),
-        ({"structure": {"neurons": {"keep": 0.5}}}, "structure.neurons", "No method", "Remove"),
+        ({"structure": {"heads": {"keep": 0.5}}}, "structure.heads", "no stage chooses", "Add a stage"),
+        ({"structure": {"neurons": {"keep": 0.5}}}, "structure.neurons", "no stage chooses", "Add a stage"),
         ({"structure": {"share_blocks": [[0, 1]]}}, "structure.share_blocks", "No method", "Remove"),
     ],
 )  # fmt: skip

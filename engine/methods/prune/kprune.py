@@ -1,0 +1,116 @@
+"""K-pruning: what a unit knows of the predictions and of its sublayer's output, from the bottom up, each sublayer refitted (METHODS 2).
+
+The paper is on encoders; on a causal model a head is a key-value group or a query head and a neuron the gated product. At the very first
+sublayer the model still equals its teacher, so that predictive knowledge is zero there and only representational knowledge decides.
+"""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from bitpress.engine.measure.logits import scorer_of
+from bitpress.engine.methods.structured import Repairing, Scores, StructuredMethod, StructuredOptions, Units, budget_of, remove_bottom_up, select
+from bitpress.engine.model.surgery import get, linear_weight, twin
+from bitpress.engine.scene import Scene
+from bitpress.engine.sublayers import Caught, Key, Stream, feature_moments, knowledge_loss, last_matrix, mask_gradients
+
+
+class KPruneOptions(StructuredOptions):
+    """Weights of the two kinds of knowledge, and how often they are measured."""
+
+    repair: Repairing = Field(
+        default="least_squares", title="Repair", description="K-pruning refits the last matrix of each sublayer to what the model put out before."
+    )
+    measured: Literal["sublayer", "block", "once"] = Field(
+        default="sublayer",
+        title="Knowledge measured",
+        description="Anew at every sublayer, as the authors do; at every block, in half the time; or once, in a few minutes at most.",
+    )
+    temperature: float = Field(default=2.0, gt=0.0, le=20.0, title="Temperature", description="Softens both models' predictions.")
+    predictive: float = Field(default=1.0, ge=0.0, le=1e6, title="Weight of predictive knowledge", description="How much the predictions count.")
+    representational: float = Field(default=2.5e-4, ge=0.0, le=1e6, title="Weight of representational knowledge", description="How much the outputs count.")
+    heads_weight: float = Field(default=64.0, gt=0.0, le=1e6, title="Weight of heads", description="What a head counts beside a neuron of the same knowledge.")
+    skip_first: bool = Field(
+        default=True, title="Leave out first tokens", description="The first token of a sequence is huge in causal models and would decide alone."
+    )
+
+
+class KPrune(StructuredMethod):
+    """Knowledge measurement, knowledge-preserving mask search, knowledge-preserving weight tuning."""
+
+    name = "k-prune"
+    title = "K-pruning"
+    summary = (
+        "Removes the heads and neurons that know least of the model's predictions and outputs, sublayer by sublayer, and refits each to what it did before. "
+        "Needs a forward and a backward pass over some text for every sublayer."
+    )
+    citation = "Park, Choi and Kang 2024, Accurate retraining-free pruning for pretrained encoder-based language models, arXiv 2308.03449."
+    cost = "A forward and a backward pass for every sublayer, or one in all with the knowledge measured once."
+    use_when = "For narrower blocks, when nothing can be trained and quality matters most."
+    Options = KPruneOptions
+
+    def score(self, scene: Scene, units: Units, options: KPruneOptions) -> Scores:
+        """Knowledge of every unit, measured on the model as it is."""
+        return Knowledge(scene, units, options).scores(list(units.keys), None)
+
+    def shape(self, scene: Scene, options: KPruneOptions) -> None:
+        """Measure, select within what is left of the budget, prune the sublayer at hand, refit it, and go on to the next."""
+        units = Units(scene, options)
+        knowledge = Knowledge(scene, units, options)
+        if units.shares is not None or options.allocation == "uniform":
+            kept = self.choose(units, knowledge.scores(list(units.keys), None), options)
+            remove_bottom_up(scene, units, lambda key, *_: kept[key], options.repair)
+            return
+        left, known = budget_of(units, options.remove), dict[Key, Tensor]()
+
+        def decide(key: Key, student: Stream, caught: Caught) -> list[int]:
+            nonlocal left, known
+            ahead = [other for other in units.keys if other >= key]
+            if not known or options.measured == "sublayer" or (options.measured == "block" and key.kind == "heads"):
+                known = knowledge.scores(ahead, student)
+            stay = select(units, {other: known[other] for other in ahead}, left)[key]
+            left -= len(stay) * units.cost(key)
+            return stay
+
+        remove_bottom_up(scene, units, decide, options.repair)
+
+
+class Knowledge:
+    """Measures the knowledge of units against a teacher, the model as it was."""
+
+    def __init__(self, scene: Scene, units: Units, options: KPruneOptions) -> None:
+        self.scene, self.units, self.options = scene, units, options
+        self.teacher = scorer_of(twin(scene.model))
+        with torch.no_grad():
+            self.taught = [self.teacher.hidden(ids_BL)[:, :-1].flatten(0, 1) for ids_BL in scene.batches()]
+
+    def scores(self, keys: list[Key], student: Stream | None) -> Scores:
+        """(lam_rep K_rep + lam_pred K_pred) / F of every unit of these sublayers, heads times their weight."""
+        options = self.options
+        predictive, representational = self.predictive(keys, student), self.representational(keys)
+        found: Scores = {}
+        for key in keys:
+            value_F = options.representational * representational[key] + options.predictive * predictive[key]
+            weight = options.heads_weight if key.kind == "heads" else 1.0
+            found[key] = weight * self.units.per_unit(key, value_F, Tensor.mean) / self.units.cost(key)
+        return found
+
+    def predictive(self, keys: list[Key], student: Stream | None) -> dict[Key, Tensor]:
+        """Per feature: sum over batches of half the squared gradient of T^2 KL in its mask, over the number of sequences."""
+        loss = lambda number, _: knowledge_loss(self.teacher, self.taught[number], self.options.temperature)  # noqa: E731
+        found = {key: torch.zeros(last_matrix(self.scene.anatomy, key).in_features, dtype=torch.float64) for key in keys}
+        for batch in mask_gradients(self.scene, keys, loss, student):
+            for key, gradient_F in batch.items():
+                found[key] += 0.5 * gradient_F.double().square()
+        return {key: total_F / len(self.scene.ids_SL) for key, total_F in found.items()}
+
+    def representational(self, keys: list[Key]) -> dict[Key, Tensor]:
+        """Per feature: its mean square times the mean square of its column of the last matrix."""
+        moments = feature_moments(self.scene, keys, self.options.skip_first)
+        return {key: moments[key].square_F * _column_squares(self.scene, key) for key in keys}
+
+
+def _column_squares(scene: Scene, key: Key) -> Any:
+    return linear_weight(get(scene.model, last_matrix(scene.anatomy, key).name)).double().square().mean(0)

@@ -1,0 +1,230 @@
+"""The two sublayers of a block, attention and MLP, as what they add to the residual stream. Knows blocks and hooks; refuses to know methods.
+
+A sublayer's *features* are the inputs of its last matrix (o, or down); a unit (head or neuron) is a run of them. Works on models in
+which a block is x + attention + MLP; others are refused.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bitpress.engine.calibrate import Call, enter
+from bitpress.engine.errors import InputError
+from bitpress.engine.measure.logits import Scorer, scorer_of, slices
+from bitpress.engine.model.anatomy import Anatomy, Part
+from bitpress.engine.model.surgery import get
+from bitpress.engine.scene import BATCH, LAYOUT, Scene
+
+Kind = Literal["heads", "neurons"]
+KINDS: tuple[Kind, Kind] = ("heads", "neurons")
+LAST = {"heads": ("o",), "neurons": ("down", "fc2")}
+
+
+class Key(NamedTuple):
+    """One sublayer: the block's number in the scene's model, and which of the two."""
+
+    block: int
+    kind: Kind
+
+
+def last_matrix(anatomy: Anatomy, key: Key) -> Part:
+    """The matrix that writes a sublayer's result to the residual stream. Raises InputError for a model that has none to be told apart."""
+    found = next((part for part in anatomy.of_block(key.block) if part.role in LAST[key.kind]), None)
+    if found is None:
+        raise InputError(f"The {key.kind} of block {key.block} cannot be told apart.", "Its matrices have other roles.", LAYOUT)
+    return found
+
+
+class Caught(NamedTuple):
+    """What one forward of a block did, batch by batch: features and results of both sublayers, and the block's output."""
+
+    features: dict[Kind, list[Tensor]]
+    added: dict[Kind, list[Tensor]]
+    output: list[Tensor]
+
+
+class Stream:
+    """A text's hidden states on their way through a model, block by block; [B, L, d] a batch."""
+
+    batch = BATCH  # sequences at a time
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, scene: Scene, ids_SL: Tensor | None = None) -> None:
+        self.model, self.scene = model, scene
+        self.blocks = list(get(model, scene.anatomy.block_prefix).children())
+        parts = list((scene.ids_SL if ids_SL is None else ids_SL).split(BATCH))
+        self.hidden, self.calls = enter(model, scene.anatomy, self.blocks, parts, next(model.parameters()).dtype)
+
+    @torch.no_grad()
+    def through(self, block: int) -> list[Tensor]:
+        """What a block makes of the stream where it stands."""
+        return [run(self.blocks[block], x_BLd, self.calls[block][len(x_BLd)]) for x_BLd in self.hidden]
+
+    @torch.no_grad()
+    def catch(self, block: int) -> Caught:
+        """Run a block on the stream where it stands, without moving on."""
+        features: dict[Kind, list[Tensor]] = {kind: [] for kind in KINDS}
+        added: dict[Kind, list[Tensor]] = {kind: [] for kind in KINDS}
+        output: list[Tensor] = []
+        with ExitStack() as stack:
+            for kind in KINDS:
+                module = get(self.model, last_matrix(self.scene.anatomy, Key(block, kind)).name)
+                handle = module.register_forward_hook(_keeper(features[kind], added[kind]))
+                stack.callback(handle.remove)
+            for x_BLd in self.hidden:
+                self.scene.check()
+                output.append(run(self.blocks[block], x_BLd, self.calls[block][len(x_BLd)]))
+        self._check(block, added, output)
+        return Caught(features, added, output)
+
+    def _check(self, block: int, added: Mapping[Kind, list[Tensor]], output: list[Tensor]) -> None:
+        summed = self.hidden[0] + added["heads"][0] + added["neurons"][0]
+        if not torch.allclose(summed.float(), output[0].float(), rtol=0.05, atol=0.05 * float(output[0].float().abs().max())):
+            raise InputError("This model cannot be repaired.", f"Block {block} is not the sum of its input and two sublayers.", LAYOUT)
+
+    def move(self, hidden: list[Tensor]) -> None:
+        """Take these as the next block's input."""
+        self.hidden = hidden
+
+
+def run(block: nn.Module, x_BLd: Tensor, call: Call) -> Tensor:
+    """A block's hidden states."""
+    output = block(x_BLd, *call.args, **call.kwargs)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _keeper(features: list[Tensor], added: list[Tensor]) -> Callable[..., None]:
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        features.append(args[0].detach())
+        added.append(output.detach())
+
+    return keep
+
+
+@contextmanager
+def skipping(model: nn.Module, anatomy: Anatomy, block: int, x_BLd: Tensor) -> Iterator[None]:
+    """Blocks before `block` do nothing and hand on x_BLd, so that a forward of the model costs only the rest."""
+    blocks = list(get(model, anatomy.block_prefix).children())[:block]
+    tuples = _returns_tuples(model, anatomy)
+    for module in blocks:
+        module.forward = (lambda *_, **__: (x_BLd,)) if tuples else (lambda *_, **__: x_BLd)
+    try:
+        yield
+    finally:
+        for module in blocks:
+            del module.forward
+
+
+def _returns_tuples(model: nn.Module, anatomy: Anatomy) -> bool:
+    """Whether this family's blocks return a tuple; found out once for a model."""
+    known = getattr(model, "_bitpress_block_tuples", None)
+    if known is None:
+        heard: list[Any] = []
+        first = next(iter(get(model, anatomy.block_prefix).children()))
+        handle = first.register_forward_hook(lambda module, args, output: heard.append(output))
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
+        handle.remove()
+        known = isinstance(heard[0], tuple)
+        model._bitpress_block_tuples = known  # type: ignore[assignment]
+    return bool(known)
+
+
+@contextmanager
+def masking(model: nn.Module, anatomy: Anatomy, masks: Mapping[Key, Tensor]) -> Iterator[None]:
+    """Multiply each sublayer's features by its mask [F] during the forwards inside."""
+    with ExitStack() as stack:
+        for key, mask_F in masks.items():
+            module = get(model, last_matrix(anatomy, key).name)
+            handle = module.register_forward_pre_hook(lambda _, args, mask_F=mask_F: (args[0] * mask_F.to(args[0].dtype),))
+            stack.callback(handle.remove)
+        yield
+
+
+# Losses through a model ------------------------------------------------------------------------------------------
+
+Loss = Callable[[Tensor, slice], Tensor]  # (float32 logits [P, V] of a slice of all positions, the slice) -> a sum over the slice
+
+
+def backward(scorer: Scorer, ids_BL: Tensor, loss: Loss) -> None:
+    """Backward of the mean over positions of a loss, its logits made slice by slice; gradients gather where they are asked for."""
+    hidden_PD = scorer.hidden(ids_BL)[:, :-1].flatten(0, 1)
+    leaf_PD = hidden_PD.detach().requires_grad_()
+    for part in slices(len(leaf_PD), scorer.vocab):
+        (loss(scorer.logits(leaf_PD[part]), part) / len(leaf_PD)).backward()
+    hidden_PD.backward(leaf_PD.grad)
+
+
+def task_loss(ids_BL: Tensor) -> Loss:
+    """Negative log-likelihood of the next token."""
+    targets_P = ids_BL[:, 1:].flatten()
+    return lambda logits_PV, part: torch.nn.functional.cross_entropy(logits_PV, targets_P[part], reduction="sum")
+
+
+def knowledge_loss(teacher: Scorer, teacher_PD: Tensor, temperature: float) -> Loss:
+    """T^2 KL(teacher / T || student / T). teacher_PD: the teacher's hidden states of the positions."""
+
+    def loss(logits_PV: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            wanted_PV = (teacher.logits(teacher_PD[part]) / temperature).log_softmax(-1)
+        made_PV = (logits_PV / temperature).log_softmax(-1)
+        return temperature**2 * torch.nn.functional.kl_div(made_PV, wanted_PV, reduction="sum", log_target=True)
+
+    return loss
+
+
+def mask_gradients(scene: Scene, keys: list[Key], loss_of: Callable[[int, Tensor], Loss], student: Stream | None = None) -> Iterator[dict[Key, Tensor]]:
+    """Batch by batch the gradient of the mean loss in the masks of some sublayers' features, [F] each, float32, at masks of one.
+
+    loss_of: (number of the batch, its tokens) -> loss. student: a stream that stands at the first block of `keys`; the blocks before are not run again.
+    """
+    model, anatomy, scorer = scene.model, scene.anatomy, scorer_of(scene.model)
+    first = min(key.block for key in keys)
+    for number, ids_BL in enumerate(scene.batches(BATCH)):
+        masks = {key: torch.ones(last_matrix(anatomy, key).in_features, requires_grad=True) for key in keys}
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(masking(model, anatomy, masks))
+            if student is not None:
+                stack.enter_context(skipping(model, anatomy, first, student.hidden[number]))
+            backward(scorer, ids_BL, loss_of(number, ids_BL))
+        yield {key: mask.grad for key, mask in masks.items() if mask.grad is not None}
+
+
+class Moments(NamedTuple):
+    """Mean and mean square of a sublayer's features over all tokens, float64 [F]."""
+
+    mean_F: Tensor
+    square_F: Tensor
+
+    @property
+    def variance_F(self) -> Tensor:
+        """E[(x - E x)^2]."""
+        return (self.square_F - self.mean_F.square()).clamp_min(0)
+
+
+@torch.no_grad()
+def feature_moments(scene: Scene, keys: list[Key], skip_first: bool = False) -> dict[Key, Moments]:
+    """The moments of several sublayers' features in one pass. skip_first: leave out the first token of every sequence."""
+    sums: dict[Key, list[Tensor]] = {}
+    with ExitStack() as stack:
+        scorer = scorer_of(scene.model)
+        for key in keys:
+            module = get(scene.model, last_matrix(scene.anatomy, key).name)
+            stack.callback(module.register_forward_pre_hook(_summer(sums, key, int(skip_first))).remove)
+        for ids_BL in scene.batches(BATCH):
+            scorer.hidden(ids_BL)
+    tokens = len(scene.ids_SL) * (scene.ids_SL.shape[1] - int(skip_first))
+    return {key: Moments(total / tokens, squares / tokens) for key, (total, squares) in sums.items()}
+
+
+def _summer(sums: dict[Key, list[Tensor]], key: Key, start: int) -> Callable[..., None]:
+    def add(module: nn.Module, args: tuple[Any, ...]) -> None:
+        x_MF = args[0][:, start:].flatten(0, 1).float()
+        new = [x_MF.sum(0, dtype=torch.float64), x_MF.square().sum(0, dtype=torch.float64)]
+        sums[key] = [old + more for old, more in zip(sums[key], new, strict=True)] if key in sums else new
+
+    return add

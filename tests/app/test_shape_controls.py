@@ -1,0 +1,71 @@
+"""Heads, neurons and depth on screen: edits of the structure, the stage that comes with them, and the picture of what is gone."""
+
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from bitpress.app import edits
+from bitpress.app.ui.block_diagram import changed, drawing, shapes_of
+from bitpress.app.ui.shape_controls import place_of
+from bitpress.engine.errors import InputError
+from bitpress.engine.model.anatomy import Anatomy
+from bitpress.engine.recipe import Recipe
+
+
+def plain(**fields: object) -> Recipe:
+    return Recipe.from_dict({"model": "tiny-stories", **fields})
+
+
+def test_shares_bring_a_stage_that_chooses_and_take_it_away_again(anatomy: Anatomy) -> None:
+    half = edits.set_units(plain(), anatomy, "neurons", [1, 2], 0.5)
+    assert [stage.method for stage in half.stages] == ["magnitude-structured"]
+    assert [half.structure.share_of("neurons", anatomy, block) for block in range(4)] == [1, 0.5, 0.5, 1]
+    more = edits.set_units(half, anatomy, "neurons", [2, 3], 0.25)
+    assert [more.structure.share_of("neurons", anatomy, block) for block in range(4)] == [1, 0.5, 0.25, 0.25]
+    assert more.reduced(anatomy).units_of(3).neurons == 128
+    whole = edits.set_units(more, anatomy, "neurons", range(anatomy.blocks), 1.0)
+    assert whole.structure.neurons is None
+    assert whole.stages == []
+    coded = edits.set_weights(half, "*", anatomy, bits=4)
+    assert [stage.method for stage in coded.stages] == ["magnitude-structured", "rtn"]
+
+
+def test_blocks_go_by_place(anatomy: Anatomy) -> None:
+    made = edits.chop(plain(), anatomy, 3, "max-gap")
+    assert made.dropped_blocks(anatomy) == edits.chopped(anatomy.blocks, 3, "max-gap")
+    assert place_of(made, anatomy) == "max-gap"
+    assert edits.chop(made, anatomy, 0, "input").dropped_blocks(anatomy) == []
+    assert place_of(plain(structure={"drop_blocks": [0]}), anatomy) is None
+    with pytest.raises(InputError, match="the first and the last always stay"):
+        edits.chop(plain(), anatomy, anatomy.blocks, "input")
+    assert edits.difference(plain(), made, anatomy)[-1][:2] == ("shape", "whole")
+
+
+def test_the_picture_shows_what_is_gone(anatomy: Anatomy) -> None:
+    structure = {"drop_blocks": [1], "remove_heads": {0: [0]}, "remove_neurons": {2: list(range(128))}}
+    shapes = shapes_of(plain(structure=structure), anatomy)
+    assert shapes[0].heads[0] is False
+    assert all(shapes[0].heads[1:])
+    assert shapes[1].dropped
+    assert (shapes[2].neurons, shapes[2].all_neurons) == (anatomy.ffn - 128, anatomy.ffn)
+    picture = drawing(shapes, anatomy.group)
+    assert "Block 1: removed" in picture
+    assert picture.count("border:1px dashed") > drawing(shapes_of(plain(), anatomy), anatomy.group).count("border:1px dashed")
+    assert changed(plain(structure=structure))
+    assert not changed(plain())
+
+
+def test_sliders_edit_the_recipe_and_the_picture_follows(app_home: Path, app_root: Path, anatomy: Anatomy) -> None:
+    app = AppTest.from_file(app_root / "pages" / "explore.py", default_timeout=60)
+    app.session_state["shape"] = True
+    app.run()
+    assert not app.exception
+    app.slider(key="keep-neurons").set_value(50).run()
+    recipe = app.session_state["bitpress-session"].recipe
+    assert recipe.reduced(anatomy).units_of(0).neurons == anatomy.ffn // 2
+    app.slider(key="chop-count").set_value(2).run()
+    recipe = app.session_state["bitpress-session"].recipe
+    assert len(recipe.dropped_blocks(anatomy)) == 2
+    assert not app.exception
+    assert any("dashed outlines are gone" in caption.value for caption in app.caption)
