@@ -26,7 +26,7 @@ from bitpress.engine.sublayers import KINDS, Caught, Key, Kind, Stream, last_mat
 Scores = dict[Key, Tensor]  # per sublayer one number a unit, higher is more important, comparable over all sublayers
 Kept = dict[Key, list[int]]  # per sublayer the units that stay
 Repairing = Literal["none", "bias", "rescale", "least_squares"]
-RIDGE = 1e-6  # times the mean of the diagonal
+RIDGE = 0.01  # of each feature's own energy, towards the weights as they were: text is short, and features hang together
 LARGEST_SCALE = 10.0  # a rescaling beyond it is worse than none
 
 
@@ -234,14 +234,21 @@ def repaired(how: Repairing, weight_dF: Tensor, kept_F: Tensor, groups_F: Tensor
     return weight_dK, None
 
 
-def least_squares(kept_F: Tensor, sums: Sums, fallback_dK: Tensor) -> Tensor:
-    """The matrix that brings the kept features nearest to what the sublayer should add (KPWT; METHODS 2.2, with its ridge of 2.5)."""
+def least_squares(kept_F: Tensor, sums: Sums, fallback_dK: Tensor, ridge: float = RIDGE) -> Tensor:
+    """The matrix that brings the kept features nearest to what the sublayer should add (KPWT; METHODS 2.2).
+
+    Solves for the change of the weights, held near zero by a ridge: with fewer tokens than features the plain solution fits the text
+    and nothing else.
+    """
     gram_KK = sums.gram_FF[kept_F][:, kept_F]
-    gram_KK = gram_KK + RIDGE * float(gram_KK.diagonal().mean()) * torch.eye(len(gram_KK), dtype=gram_KK.dtype)
-    lower, failed = torch.linalg.cholesky_ex(gram_KK)
+    diagonal_K = gram_KK.diagonal()
+    damped_KK = gram_KK + torch.diag(ridge * diagonal_K + 1e-9 * diagonal_K.mean())
+    lower_KK, failed = torch.linalg.cholesky_ex(damped_KK)
     if failed:
         return fallback_dK
-    return torch.cholesky_solve(sums.cross_Fd[kept_F], lower).t().to(fallback_dK.dtype)
+    old_Kd = fallback_dK.t().double()
+    change_Kd = torch.cholesky_solve(sums.cross_Fd[kept_F] - gram_KK @ old_Kd, lower_KK)
+    return (old_Kd + change_Kd).t().to(fallback_dK.dtype)
 
 
 def rescaling(weight_dF: Tensor, kept_F: Tensor, groups_F: Tensor, sums: Sums) -> Tensor:

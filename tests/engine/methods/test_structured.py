@@ -13,7 +13,7 @@ from bitpress.engine.calibration_set import CalibrationSet
 from bitpress.engine.compress import compress
 from bitpress.engine.errors import InputError
 from bitpress.engine.methods import registry
-from bitpress.engine.methods.structured import StructuredMethod, StructuredOptions, Units, budget_of, repaired, rescaling, select, sums_of
+from bitpress.engine.methods.structured import StructuredMethod, StructuredOptions, Units, budget_of, least_squares, repaired, rescaling, select, sums_of
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.scene import Scene
@@ -109,9 +109,13 @@ def test_repairs_are_what_they_say() -> None:
     x, weight = torch.randn(2, 50, 6, generator=generator) + 0.5, torch.randn(3, 6, generator=generator)
     wanted = x @ weight.t()
     sums, kept, groups = sums_of([x], [wanted]), torch.tensor([0, 2, 3, 5]), torch.tensor([0, 0, 1, 2])
-    fitted, _ = repaired("least_squares", weight, kept, groups, sums)
+    fitted = least_squares(kept, sums, weight[:, kept], ridge=0.0)
     expected = torch.linalg.lstsq(x.flatten(0, 1)[:, kept], wanted.flatten(0, 1)).solution.t()
     assert torch.allclose(fitted, expected, atol=1e-3)
+    near = repaired("least_squares", weight, kept, groups, sums)[0]
+    assert (near - weight[:, kept]).norm() < (fitted - weight[:, kept]).norm()
+    short = sums_of([x[:, :2]], [wanted[:, :2]])  # 4 tokens, fewer than the 6 features
+    assert (least_squares(torch.arange(6), short, weight) - weight).abs().max() < 1e-5, "nothing has gone: nothing changes"
     same, bias = repaired("bias", weight, kept, groups, sums)
     assert torch.equal(same, weight[:, kept])
     assert bias is not None
