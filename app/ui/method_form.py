@@ -54,7 +54,7 @@ def _preparing(stages: Sequence[Stage], entries: Mapping[str, Any]) -> None:
 def _stage_form(number: int, stage: Stage, entries: Mapping[str, Any]) -> None:
     entry = entries[stage.method]
     same_family = [name for name, other in entries.items() if (other["family"], other["acts_on"]) == (entry["family"], entry["acts_on"])]
-    kinds = {name: "structure" if other["acts_on"] == "model" else other["family"] for name, other in entries.items()}
+    kinds = {name: part if (part := other["ability"]["part"]) in ("structure", "ratios") else other["family"] for name, other in entries.items()}
     key = f"method-{number}"
     st.session_state[key] = stage.method
 
