@@ -115,7 +115,7 @@ def test_repairs_are_what_they_say() -> None:
     near = repaired("least_squares", weight, kept, groups, sums)[0]
     assert (near - weight[:, kept]).norm() < (fitted - weight[:, kept]).norm()
     short = sums_of([x[:, :2]], [wanted[:, :2]])  # 4 tokens, fewer than the 6 features
-    assert (least_squares(torch.arange(6), short, weight) - weight).abs().max() < 1e-5, "nothing has gone: nothing changes"
+    assert (least_squares(torch.arange(6), short, weight) - weight).abs().max() < 1e-4, "nothing has gone: nothing changes"
     same, bias = repaired("bias", weight, kept, groups, sums)
     assert torch.equal(same, weight[:, kept])
     assert bias is not None
