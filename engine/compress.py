@@ -180,7 +180,7 @@ def compress(
     if store:
         store.check(job.part.name for job in jobs)
     tell_whole(chosen.recipe, loaded.anatomy, emit)
-    making = _Making(shaped, jobs, made_from, recipe.seed, emit, store, should_stop)
+    making = _Making(loaded.model, shaped, jobs, made_from, recipe.seed, emit, store, should_stop)
     making.run(calibration)
     size = weights_of(shaped.model, loaded.anatomy.block_prefix, loaded.anatomy.itemsize).stored_bytes
     return Compressed(shaped.model, making.results, size, time.perf_counter() - started, chosen.recipe)
@@ -394,6 +394,7 @@ def _install_embedding(model: nn.Module, place: str, module: nn.Embedding, conte
 class _Making:
     """One pass over the jobs; holds what has been made so far."""
 
+    dense: nn.Module  # what a training learns from
     shaped: Shaped
     jobs: list[LayerJob]
     made_from: MadeFrom
@@ -482,7 +483,7 @@ class _Making:
         """Train what one stage makes of the whole model, the other matrices in place; the dense model is the teacher."""
         assert jobs[0].taught is not None
         method, options = jobs[0].taught
-        modules = [surgery.get(self.dense, job.part.name) for job in jobs]
+        modules = [surgery.get(self.shaped.model, job.place) for job in jobs]
         dense = [dense_weight(module, job) for module, job in zip(modules, jobs, strict=True)]
         pruned = self.pruned(jobs, dense, calibration)
         weights = [method.start(weight_NK, job.asked_of(method), options) for weight_NK, job in zip(pruned, jobs, strict=True)]
