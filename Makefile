@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8501
 
-.PHONY: app test test-all check bench clean chromium
+.PHONY: app test test-all check bench bench-quality clean chromium
 
 app: $(VENV)/.app
 	$(BIN)/bitpress app --port $(PORT)
@@ -22,6 +22,10 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev chromium
 	$(BIN)/python -m bitpress.engine.bench
+
+# RIVALS: a folder with one virtual environment for each library to compare with; those that are absent are skipped and named.
+bench-quality: $(VENV)/.dev
+	$(BIN)/python tests/bench/quality.py $(if $(RIVALS),--rivals $(RIVALS))
 
 # One resolve with every version pinned: torch alone can pull gigabytes when left to choose.
 $(VENV)/.app: pyproject.toml constraints.txt | $(VENV)/bin/python
