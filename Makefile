@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8501
 
-.PHONY: app test test-all check bench bench-quality clean chromium
+.PHONY: app test test-all check bench bench-quality bench-gpu clean chromium
 
 app: $(VENV)/.app
 	$(BIN)/bitpress app --port $(PORT)
@@ -26,6 +26,10 @@ bench: $(VENV)/.dev chromium
 # RIVALS: a folder with one virtual environment for each library to compare with; those that are absent are skipped and named.
 bench-quality: $(VENV)/.dev
 	$(BIN)/python tests/bench/quality.py $(if $(RIVALS),--rivals $(RIVALS))
+
+# Needs an NVIDIA GPU, and says so where there is none.
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python -m bitpress.kernels.bench_gpu
 
 # One resolve with every version pinned: torch alone can pull gigabytes when left to choose.
 $(VENV)/.app: pyproject.toml constraints.txt | $(VENV)/bin/python
