@@ -1,9 +1,10 @@
 """The recipe's lines as a table that can be edited: later lines win. Knows lines and their table form.
 
 The editor's own value is never fed back to it: its deltas are applied to the recipe, and a new key draws it afresh.
+What a line sets beyond the columns (a format, activations, the factors of a rank) stays with its row through every edit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -20,8 +21,9 @@ Row = dict[str, Any]
 
 
 def row_of(line: SchemeLine) -> Row:
-    """A line as a row; what it does not set is None. Group 0 stands for a whole row, bits 16 for dense."""
+    """A line as a row; what it does not set is None. Group 0 stands for a whole row, bits 16 for dense. `line` holds the line itself."""
     row: Row = dict.fromkeys(COLUMNS)
+    row["line"] = line.model_dump(exclude_none=True)
     row["match"] = line.match
     if line.weights == "dense":
         row["bits"] = edits.DENSE_BITS
@@ -40,19 +42,25 @@ def row_of(line: SchemeLine) -> Row:
 
 def line_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """The line that a row stands for, as plain values; the recipe's schema checks them."""
-    line: dict[str, Any] = {"match": str(row.get("match") or "*").strip()}
+    before = row.get("line") or {}
+    line = _beyond(before, ("match", "weights", "sparsity", "rank")) | {"match": str(row.get("match") or "*").strip()}
     weights = {"bits": row.get("bits"), "group_size": row.get("group"), "symmetric": row.get("symmetric")}
     set_weights = {name: value if isinstance(value, bool) else int(value) for name, value in weights.items() if value is not None}
     if set_weights.get("bits") == edits.DENSE_BITS:
         line["weights"] = "dense"
-    elif set_weights:
-        line["weights"] = set_weights
+    elif merged := _beyond(before.get("weights"), weights) | set_weights:
+        line["weights"] = merged
     if row.get("zeros") is not None:
         pattern = row.get("pattern") or PATTERNS[0]
         line["sparsity"] = {"ratio": int(row["zeros"]) / 100 if pattern == PATTERNS[0] else 0.5, "pattern": pattern} if row["zeros"] else "dense"
     if row.get("rank") is not None:
-        line["rank"] = {"keep": int(row["rank"]) / 100} if row["rank"] < 100 else "dense"
+        line["rank"] = _beyond(before.get("rank"), ("keep",)) | {"keep": int(row["rank"]) / 100} if row["rank"] < 100 else "dense"
     return line
+
+
+def _beyond(part: Any, columns: Collection[str]) -> dict[str, Any]:
+    """What a part of a line sets that no column shows."""
+    return {name: value for name, value in part.items() if name not in columns} if isinstance(part, Mapping) else {}
 
 
 def apply_deltas(rows: Sequence[Row], deltas: Mapping[str, Any]) -> list[Row]:

@@ -14,6 +14,8 @@ from bitpress.engine.recipe import Recipe, SchemeLine
 LINES = [
     {"match": "*", "weights": {"bits": 4, "group_size": 64, "symmetric": False}}, {"match": "role:q", "weights": "dense"},
     {"match": "role:mlp", "sparsity": {"ratio": 0.5, "pattern": "2:4"}}, {"match": "role:v", "weights": {"symmetric": True}, "sparsity": "dense"},
+    {"match": "role:k", "weights": {"bits": 4, "format": "nf4", "double_quant": True}}, {"match": "role:o", "weights": {"format": "bcq"}},
+    {"match": "role:up", "weights": {"bits": 8}, "activations": {"bits": 8}}, {"match": "role:gate", "rank": {"keep": 0.5, "factors": {"bits": 8}}},
 ]  # fmt: skip
 
 
@@ -33,6 +35,15 @@ def test_lines_are_edited_added_and_deleted(preset_recipe: Callable[[str], Recip
     edited = changed(added, anatomy, edited_rows={1: {"bits": 6}})
     assert edited.resolve(anatomy)["model.layers.0.self_attn.v_proj"].weights.bits == 6
     assert changed(edited, anatomy, deleted_rows=[1]) == preset_recipe("uniform-4bit")
+
+
+def test_what_has_no_column_stays_through_an_edit_and_a_deletion(preset_recipe: Callable[[str], Recipe], anatomy: Anatomy) -> None:
+    lines = [{"match": "*", "weights": {"bits": 8}}, {"match": "role:v", "weights": {"bits": 4, "format": "nf4"}}, {"match": "role:up", "weights": {"bits": 3}}]
+    recipe = preset_recipe("uniform-4bit").model_copy(update={"schemes": [SchemeLine.model_validate(line) for line in lines]})
+    edited = changed(recipe, anatomy, edited_rows={1: {"group": 32}, 2: {"bits": 6}}, deleted_rows=[0])
+    weights = edited.resolve(anatomy)["model.layers.0.self_attn.v_proj"].weights
+    assert (weights.format, weights.group_size) == ("nf4", 32)
+    assert [line.match for line in edited.schemes] == ["role:v", "role:up"]
 
 
 def test_a_row_that_is_still_being_typed_waits() -> None:
