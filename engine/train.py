@@ -7,9 +7,10 @@ same weights as one that was not.
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -115,6 +116,8 @@ class Training:
     should_stop: Callable[[], bool]
     checkpoint: Checkpoint | None = None
     done: int = 0
+    best: float = math.inf  # least held-out divergence so far, and the matrices that gave it
+    best_state: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(len(self.ids_SL), self.options)
@@ -129,11 +132,14 @@ class Training:
         self.saved = time.perf_counter()
 
     def run(self) -> None:
-        """Train to the last step, from the checkpoint on if there is one. Says `progress` and `train_loss`. Raises Cancelled when told to stop."""
+        """Train to the last step, from the checkpoint on if there is one; the matrices are left at their best, the start included.
+
+        Best is least divergence on the held-out sequences. Says `progress` and `train_loss`. Raises Cancelled when told to stop.
+        """
         self.resume()
         self.emit("stage_started", {"stage": "training", "total": self.options.steps})
         if self.done == 0:
-            self.tell(held_out=self.held_out())
+            self.tell(held_out=self.judged())
         pause, told = max(1, -(-self.options.steps // EVALUATIONS)), max(1, self.options.steps // TOLD_LOSSES)
         while self.done < self.options.steps:
             self.pause_here()
@@ -141,11 +147,24 @@ class Training:
             self.done += 1
             last = self.done == self.options.steps
             if self.done % pause == 0 or last:
-                self.tell(**losses, held_out=self.held_out())
+                self.tell(**losses, held_out=self.judged())
             elif self.done % told == 0:
                 self.tell(**losses)
             self.emit("progress", {"done": self.done, "total": self.options.steps})
         self.save()
+        for place, weight in self.student.weights.items():
+            weight.load_state_dict(_under(f"{place}/", self.best_state))
+
+    def judged(self) -> float:
+        """The held-out divergence now; the matrices are kept where it is the least so far."""
+        found = self.held_out()
+        if found < self.best:
+            self.best, self.best_state = found, {name: value.detach().clone() for name, value in self.matrices().items()}
+        return found
+
+    def matrices(self) -> dict[str, Tensor]:
+        """Every learned number, by place and name."""
+        return {f"{place}/{name}": value for place, weight in self.student.weights.items() for name, value in weight.state_dict().items()}
 
     def step(self) -> dict[str, float]:
         """One step; returns its losses."""
@@ -224,7 +243,8 @@ class Training:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that later steps depend on: matrices, optimiser, what the objective remembers."""
-        found = {f"weight/{place}/{name}": value for place, weight in self.student.weights.items() for name, value in weight.state_dict().items()}
+        found = {f"weight/{name}": value for name, value in self.matrices().items()} | {f"best/{name}": value for name, value in self.best_state.items()}
+        found["least"] = torch.tensor(self.best, dtype=torch.float64)
         for number, values in self.optimiser.state_dict()["state"].items():
             found |= {f"optimiser/{number}/{name}": value for name, value in values.items()}
         return found | {f"objective/{name}": value for name, value in self.objective.state().items()}
@@ -233,6 +253,7 @@ class Training:
         """Become what `state` described."""
         for place, weight in self.student.weights.items():
             weight.load_state_dict(_under(f"weight/{place}/", tensors))
+        self.best, self.best_state = float(tensors["least"]), _under("best/", tensors)
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in _under("optimiser/", tensors).items():
             number, _, kind = name.partition("/")

@@ -53,6 +53,10 @@ def losses(said: Said) -> list[dict[str, Any]]:
     return [data for kind, data in said if kind == "train_loss"]
 
 
+def least(said: Said) -> float:
+    return min(data["held_out"] for data in losses(said) if "held_out" in data)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "layers").iterdir())}
 
@@ -84,7 +88,7 @@ def test_what_is_stored_is_what_was_trained(quantiser: str, bits: int, group: in
 
 
 def test_the_student_becomes_the_packed_model(in_memory: Build) -> None:
-    """The last held-out divergence that training told is that of the codes it left."""
+    """The least held-out divergence that training told is that of the codes it left."""
     loaded = in_memory("llama")
     compressed, said = made(loaded, recipe())
     assert isinstance(compressed.model.model.embed_tokens, PackedEmbedding)
@@ -92,7 +96,7 @@ def test_the_student_becomes_the_packed_model(in_memory: Build) -> None:
     assert {layer.method for layer in compressed.layers} == {"quantgpt"}
     assert [data["step"] for data in losses(said)].count(0) == 1, "blocks and embedding are trained together"
     assert len(torch.unique(dequantize(compressed.model.model.embed_tokens.packed)[0])) <= 3
-    assert distance(loaded.model, compressed.model) == pytest.approx(losses(said)[-1]["held_out"], rel=0.02)
+    assert distance(loaded.model, compressed.model) == pytest.approx(least(said), rel=0.02)
 
 
 @pytest.mark.parametrize("options", [{}, {"contrast": 0.0}, {"shared": True}, {"quantiser": "lsq"}, {"quantiser": "pact"}])
@@ -104,6 +108,14 @@ def test_training_gains_on_its_start(in_memory: Build, options: dict[str, Any]) 
     assert ("contrast" in told[-1]) == (options.get("contrast") != 0.0)
     assert [data["step"] for data in told] == sorted(data["step"] for data in told)
     assert told[-1]["step"] == told[-1]["steps"] == 25
+
+
+def test_a_rate_that_only_harms_keeps_the_start(in_memory: Build) -> None:
+    loaded = in_memory("llama")
+    start, _ = made(loaded, recipe(bits=8, embedding=8, options={"steps": 0}))
+    harmed, said = made(loaded, recipe(bits=8, embedding=8, options={"steps": 4, "rate": 0.1}))
+    assert losses(said)[-1]["held_out"] > 10 * losses(said)[0]["held_out"]
+    assert distance(start.model, harmed.model) == 0
 
 
 def test_no_steps_keep_the_start(in_memory: Build) -> None:
@@ -198,7 +210,7 @@ def test_other_stages_and_widths_beside_it(in_memory: Build) -> None:
         packed = getattr(compressed.model.model.layers[1].mlp, name)
         assert float((dequantize(packed.packed) == 0).float().mean()) >= 0.5
     assert compressed.model.model.layers[1].mlp.down_proj.activation_bits == 8
-    assert distance(loaded.model, compressed.model) == pytest.approx(losses(said)[-1]["held_out"], rel=0.05)
+    assert distance(loaded.model, compressed.model) == pytest.approx(least(said), rel=0.05)
 
 
 def test_every_family_trains(any_tiny: tuple[str, nn.Module], in_memory: Build) -> None:
@@ -208,7 +220,7 @@ def test_every_family_trains(any_tiny: tuple[str, nn.Module], in_memory: Build) 
     ends = {} if loaded.anatomy.tied else {"head": {"bits": 4}}
     compressed, said = made(loaded, recipe(bits=4, embedding=4, options={"steps": 2, "contrast": contrast}, **ends))
     assert {layer.method for layer in compressed.layers} == {"quantgpt"}
-    assert distance(loaded.model, compressed.model) == pytest.approx(losses(said)[-1]["held_out"], rel=0.1, abs=1e-3)
+    assert distance(loaded.model, compressed.model) == pytest.approx(least(said), rel=0.1, abs=1e-3)
 
 
 def test_too_little_text_is_refused(in_memory: Build) -> None:
