@@ -224,13 +224,16 @@ def settings(anatomy: Anatomy) -> None:
             controls.rank_controls(anatomy, schemes)
         with right:
             controls.end_controls(anatomy)
-            cache_controls(anatomy)
             controls.protect_controls(anatomy)
             controls.drop_controls(anatomy)
         shape = st.expander("Heads, neurons and depth", key="shape", on_change="rerun")
         if shape.open:
             with shape:
                 shape_controls(anatomy)
+        cache = st.expander("KV cache", key="cache", on_change="rerun")
+        if cache.open:
+            with cache:
+                cache_controls(anatomy)
         # Drawn when it is opened, as the table is the slowest widget of the page.
         lines = st.expander("Lines of the recipe", key="lines", on_change="rerun")
         if lines.open:

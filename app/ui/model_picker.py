@@ -41,8 +41,10 @@ def model_picker() -> None:
     entry = entries.get(now)
     if entry:
         model_card(entry)
-    with st.popover("Add a model", icon=":material/add:", width="stretch"):
-        add_forms()
+    box = st.popover("Add a model", icon=":material/add:", width="stretch", key="add-box", on_change="rerun")
+    if box.open:
+        with box:
+            add_forms()
     for other in entries.values():
         if other.recommended and not other.ready and other.id != now:
             fetching(other)

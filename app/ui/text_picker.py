@@ -28,8 +28,10 @@ def text_picker() -> None:
         titles[measure.text] = Path(measure.text).name if is_path(measure.text) else measure.text
     st.session_state["text"], st.session_state["tier"] = measure.text, measure.tier
     st.selectbox("Text to measure on", list(titles), key="text", format_func=titles.get, on_change=_take_measure)
-    with st.popover("Your own text", icon=":material/description:", width="stretch"):
-        own_text_form()
+    own = st.popover("Your own text", icon=":material/description:", width="stretch", key="own-text-box", on_change="rerun")
+    if own.open:
+        with own:
+            own_text_form()
     st.segmented_control("Amount of text", list(TIERS), key="tier", format_func=str.capitalize, on_change=_take_measure, help=tier_help(), required=True)
 
 

@@ -155,7 +155,10 @@ def why_speed(run: Run, metrics: Mapping[str, Metrics], recorded: bool) -> None:
                     "the speed card times; the rest is what they leave of a token.")  # fmt: skip
         for line in sentences(dense, now):
             st.markdown(line)
-        _figures(run, dense, now, parts)
+        figures = st.expander("Each part, as a picture and a table", key="why-figures", on_change="rerun")
+        if figures.open:  # two charts cost a redraw more than all the sliders do
+            with figures:
+                _figures(run, dense, now, parts)
 
 
 def _figures(run: Run, dense: Metrics, now: Metrics, parts: list[Part]) -> None:

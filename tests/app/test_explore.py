@@ -126,6 +126,8 @@ def test_the_rank_of_a_selection(open_page: Callable[..., AppTest], anatomy: Ana
 
 def test_the_cache_and_its_bytes(open_page: Callable[..., AppTest]) -> None:
     app = open_page()
+    app.session_state["cache"] = True  # the controls are unfolded
+    app.run()
     app.button_group(key="cache-bits").set_value(4).run()
     app.slider(key="cache-rank").set_value(50).run()
     cache = recipe_of(app).kv_cache

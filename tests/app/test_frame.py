@@ -46,6 +46,8 @@ def test_another_model_starts_with_an_empty_selection(open_app: Callable[[], App
 
 def test_a_path_that_is_no_model_is_refused_in_place(open_app: Callable[[], AppTest], tmp_path: Path) -> None:
     app = open_app()
+    app.session_state["add-box"] = True  # the popover is open
+    app.run()
     app.text_input(key="add-path").set_value(str(tmp_path / "nowhere")).run()
     app.button(key="add-local").click().run()
     assert len(app.error) == 1

@@ -57,7 +57,9 @@ def test_a_file_is_chosen_by_its_path_and_a_wrong_one_is_told(app_home: Path, ap
     monkeypatch.setenv("BITPRESS_ROOTS", str(tmp_path))
     file = tmp_path / "mine.txt"
     file.write_text(PASSAGES)
-    app = AppTest.from_file(app_root / "pages" / "explore.py", default_timeout=60).run()
+    app = AppTest.from_file(app_root / "pages" / "explore.py", default_timeout=60)
+    app.session_state["own-text-box"] = True  # the popover is open
+    app.run()
     app.text_input(key="own-text-path").set_value("/etc/hosts.txt").run()
     app.button(key="own-text").click().run()
     assert "may not be read" in app.error[0].value
