@@ -50,4 +50,6 @@ def cache_words(recipe: Recipe, anatomy: Anatomy, tokens: int) -> str:
     if recipe.validate_for(anatomy):
         return "The cache of this recipe does not fit the model."
     dense, now = cache_bytes(None, anatomy, tokens), cache_bytes(recipe, anatomy, tokens)
+    if now == dense:
+        return f"{file_size(dense)} at {tokens:,} tokens, dense."
     return f"{file_size(dense)} dense, {file_size(now)} now: {dense / now:.3g} times smaller at {tokens:,} tokens."

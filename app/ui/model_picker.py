@@ -3,16 +3,13 @@
 Nothing is downloaded or read here; a worker does both, and this shows how far it is.
 """
 
-from collections.abc import Callable
-
 import streamlit as st
 
 from bitpress.app import state
 from bitpress.app.readings import catalogue
 from bitpress.app.ui.live_panel import POLL_SECONDS, told
-from bitpress.app.ui.notices import error_markdown
+from bitpress.app.ui.notices import error_markdown, refusing
 from bitpress.app.ui.numbers import amount, duration, file_size, short_count, whole
-from bitpress.engine.errors import InputError
 from bitpress.engine.model import library
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.model.library import ModelEntry
@@ -72,22 +69,11 @@ def model_card(entry: ModelEntry) -> None:
 def add_forms() -> None:
     """A local folder or GGUF file, or a Hub id; refusals are told in place."""
     path = st.text_input("Folder, safetensors or GGUF file", key="add-path", placeholder="/models/my-model")
-    st.button("Add from this machine", key="add-local", on_click=_adding(_add_local), disabled=not path)
+    st.button("Add from this machine", key="add-local", on_click=refusing("add-refused", _add_local), disabled=not path)
     hub = st.text_input("Hub model", key="add-hub", placeholder="owner/name")
-    st.button("Fetch from the Hub", key="add-from-hub", on_click=_adding(_add_hub), disabled=not hub)
+    st.button("Fetch from the Hub", key="add-from-hub", on_click=refusing("add-refused", _add_hub), disabled=not hub)
     if wrong := st.session_state.get("add-refused"):
         st.error(wrong)
-
-
-def _adding(action: Callable[[], None]) -> Callable[[], None]:
-    def act() -> None:
-        try:
-            action()
-            st.session_state["add-refused"] = ""
-        except InputError as error:
-            st.session_state["add-refused"] = error_markdown(error.what, error.why, error.remedy)
-
-    return act
 
 
 def _add_local() -> None:

@@ -1,13 +1,13 @@
 """How trouble and emptiness look: what, why, remedy; never a traceback. Knows errors, no page."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import streamlit as st
 from streamlit.runtime.pages_manager import PagesManager
 
-from bitpress.engine.errors import BitpressError
+from bitpress.engine.errors import BitpressError, InputError
 
 logger = logging.getLogger("bitpress.app")
 
@@ -25,6 +25,19 @@ def plain(text: str) -> str:
 def show_error(error: BitpressError) -> None:
     """A refusal or failure in its three parts."""
     st.error(error_markdown(error.what, error.why, error.remedy), icon=":material/error:")
+
+
+def refusing(key: str, action: Callable[[], None]) -> Callable[[], None]:
+    """A callback that keeps a refusal of the action under `key`, for the form it was asked from to show in place; empty after a success."""
+
+    def act() -> None:
+        try:
+            action()
+            st.session_state[key] = ""
+        except InputError as error:
+            st.session_state[key] = error_markdown(error.what, error.why, error.remedy)
+
+    return act
 
 
 def empty(text: str, icon: str = ":material/info:") -> None:

@@ -2,14 +2,13 @@
 
 import hashlib
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import streamlit as st
 
 from bitpress.app import state
 from bitpress.app.ui.controls import try_edit
-from bitpress.app.ui.notices import error_markdown
+from bitpress.app.ui.notices import refusing
 from bitpress.engine.data.texts import load_text
 from bitpress.engine.data.user_text import SUFFIXES, is_path
 from bitpress.engine.errors import InputError
@@ -46,24 +45,13 @@ def tier_help() -> str:
 def own_text_form() -> None:
     """A file of this machine, or an uploaded one; refusals are told in place."""
     path = st.text_input("File on the machine that serves this page", key="own-text-path", placeholder="/texts/my-text.txt")
-    st.button("Measure on this file", key="own-text", on_click=_telling(_take_path), disabled=not path.strip())
+    st.button("Measure on this file", key="own-text", on_click=refusing("own-text-refused", _take_path), disabled=not path.strip())
     turn = st.session_state.get("text-uploads", 0)
     st.file_uploader(f"Or upload one (up to {UPLOAD_MB} MB)", [suffix[1:] for suffix in SUFFIXES], key=f"text-upload-{turn}",
-                     on_change=_telling(_take_upload), max_upload_size=UPLOAD_MB)  # fmt: skip
+                     on_change=refusing("own-text-refused", _take_upload), max_upload_size=UPLOAD_MB)  # fmt: skip
     st.caption("A .txt of passages, or rows with a `text` field. Calibration and evaluation take different passages of it.")
     if wrong := st.session_state.get("own-text-refused"):
         st.error(wrong)
-
-
-def _telling(action: Callable[[], None]) -> Callable[[], None]:
-    def act() -> None:
-        try:
-            action()
-            st.session_state["own-text-refused"] = ""
-        except InputError as error:
-            st.session_state["own-text-refused"] = error_markdown(error.what, error.why, error.remedy)
-
-    return act
 
 
 def _take_path() -> None:
