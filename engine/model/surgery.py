@@ -37,6 +37,11 @@ def linear_weight(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias of a linear, None where it has none."""
+    return module.bias if isinstance(module.bias, Tensor) else None
+
+
 def set_linear_weight(module: nn.Module, weight_NK: Tensor) -> None:
     """Give a linear a new weight in its own type and place. A twin that shares the old one keeps the old one."""
     old = _weight(module)
