@@ -24,6 +24,7 @@ from bitpress.engine.allocate import Allocation, Curve, allocate, price_of_a_byt
 from bitpress.engine.choices import Choices
 from bitpress.engine.errors import BitpressError
 from bitpress.engine.latency_table import LatencyTable, kept_table
+from bitpress.engine.methods.catalogue import kinds
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.runs import jobs
@@ -100,7 +101,7 @@ def tune(anatomy: Anatomy, report: SensitivityReport) -> None:
         frontier_chart(anatomy, curve, found, runs, view.axis_of(next(iter(budgets))))
     if found is None:
         return
-    recipe = edits.fit_stages(found.recipe, anatomy, _families())
+    recipe = edits.fit_stages(found.recipe, anatomy, kinds())
     answers(anatomy, recipe, found, runs)
     act(anatomy, recipe, found)
     chosen_map(anatomy, choices, found, locks)
@@ -153,10 +154,6 @@ def _solved(choices: Choices, budgets: dict[str, float], latency: LatencyTable |
     except BitpressError as error:
         show_error(error)
         return None
-
-
-def _families() -> dict[str, str]:
-    return {entry["id"]: entry["family"] for entry in (readings.catalogue() or {"methods": []})["methods"]}
 
 
 # --- the chosen recipe --------------------------------------------------------------------------------------------

@@ -10,14 +10,11 @@ import streamlit as st
 
 from bitpress.app import edits, state
 from bitpress.app.ui.controls import try_edit
+from bitpress.engine.methods.catalogue import kinds
 from bitpress.engine.recipe import Stage
 
 Schema = Mapping[str, Any]
-
-
-def families(catalogue: Mapping[str, Any]) -> dict[str, str]:
-    """Method id -> family."""
-    return {entry["id"]: entry["family"] for entry in catalogue["methods"]}
+VERBS = {"lowrank": "factor", "structure": "remove parts", "ratios": "share out zeros"}  # of kinds whose name is no verb
 
 
 def method_form(catalogue: Mapping[str, Any] | None) -> None:
@@ -53,19 +50,19 @@ def _preparing(stages: Sequence[Stage], entries: Mapping[str, Any]) -> None:
 
 def _stage_form(number: int, stage: Stage, entries: Mapping[str, Any]) -> None:
     entry = entries[stage.method]
-    same_family = [name for name, other in entries.items() if (other["family"], other["acts_on"]) == (entry["family"], entry["acts_on"])]
-    kinds = {name: part if (part := other["ability"]["part"]) in ("structure", "ratios") else other["family"] for name, other in entries.items()}
+    kind = kinds()  # what a method does, not how: one that trains the whole model is chosen where rounding to nearest is
+    alike = [name for name in entries if kind.get(name) == kind.get(stage.method)]
     key = f"method-{number}"
     st.session_state[key] = stage.method
 
     def take_method() -> None:
         chosen = entries[st.session_state[key]]
         fitted = edits.fit_weights if chosen["ability"]["part"] == "weights" else lambda recipe, ability: recipe
-        try_edit(lambda: edits.set_stage(fitted(state.session().recipe, chosen["ability"]), kinds, chosen["id"], {}))
+        try_edit(lambda: edits.set_stage(fitted(state.session().recipe, chosen["ability"]), kind, chosen["id"], {}))
 
     st.selectbox(
-        f"Method to {entry['family']}",
-        same_family,
+        f"Method to {VERBS.get(kind.get(stage.method, ''), entry['family'])}",
+        alike,
         key=key,
         format_func=lambda name: entries[name].get("title", name),
         on_change=take_method,

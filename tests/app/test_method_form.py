@@ -1,5 +1,9 @@
 """What the method picker says of a method, from its catalogue entry alone."""
 
+from pathlib import Path
+
+from streamlit.testing.v1 import AppTest
+
 from bitpress.app.ui.method_form import explained
 
 
@@ -10,3 +14,16 @@ def test_needs_cost_and_use_are_told() -> None:
 
 def test_what_an_entry_does_not_say_is_left_out() -> None:
     assert explained({"needs": []}) == "Needs no text."
+
+
+def test_every_method_that_gives_bits_is_offered_in_place_of_another(app_home: Path, app_root: Path) -> None:
+    from bitpress.engine.methods import registry  # imports torch, which the other tests here do without
+
+    registry.write_catalogue()
+    app = AppTest.from_file(app_root / "pages" / "explore.py", default_timeout=60).run()
+    offered = app.selectbox(key="method-0").options
+    assert {registry.get(name).title for name in ("rtn", "gptq", "hqq", "flexround", "uniquanf", "quantgpt", "nf4")} <= set(offered)
+    for chosen in ("flexround", "quantgpt", "rtn"):
+        app.selectbox(key="method-0").set_value(chosen).run()
+        assert not app.exception
+        assert [stage.method for stage in app.session_state["bitpress-session"].recipe.stages] == [chosen]
