@@ -5,37 +5,16 @@ that a stage turns into numbers. The first and the last block may be dropped by 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
 from bitpress.engine.errors import InputError
+from bitpress.engine.fields import Keep, Strict, Whole
 from bitpress.engine.model.anatomy import Anatomy, Units
 from bitpress.engine.targets import chosen_blocks, matches
 
-
-def whole_number(value: Any) -> Any:
-    """Refuse 4.0, '4' and True where a whole number is meant: a silent conversion would hide a typing error."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"must be a whole number, not {value!r}")
-    return value
-
-
-def plain_number(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"must be a number, not {value!r}")
-    return value
-
-
 Place = Literal["max-gap", "input", "output", "middle", "both"]  # of blocks that go
-Whole = Annotated[int, BeforeValidator(whole_number)]
-Keep = Annotated[float, Field(gt=0.0, le=1.0), BeforeValidator(plain_number)]
-
-
-class Strict(BaseModel):
-    """Base of all recipe parts: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class UnitShare(Strict):
