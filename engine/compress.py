@@ -22,13 +22,12 @@ from bitpress.engine.layer_store import LayerStore, MadeFrom
 from bitpress.engine.making import Emit, LayerResult, Making, ShouldStop
 from bitpress.engine.measure.memory import weights_of
 from bitpress.engine.methods import registry
-from bitpress.engine.methods.base import TurningMethod
 from bitpress.engine.methods.catalogue import problems
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.prepare import needs_text, preparations, prepare, prepare_again
 from bitpress.engine.recipe import Recipe
-from bitpress.engine.shape import chosen_for, reads_text, restore, shape_stages, shape_twin
+from bitpress.engine.shape import chosen_for, reads_text, restore, shape_twin
 
 __all__ = ["Compressed", "LayerResult", "LayerStore", "compress", "load_compressed"]
 
@@ -72,7 +71,6 @@ def compress(
     kept or belongs to another run.
     """
     _check(recipe, loaded.anatomy)
-    _check_turns(recipe)
     started = time.perf_counter()
     texts = _Texts(loaded, recipe, calibration)
     folder = store.folder.parent if store else None
@@ -142,12 +140,3 @@ def load_compressed(run_folder: Path, loaded: Loaded) -> nn.Module:
 def _check(recipe: Recipe, anatomy: Anatomy) -> None:
     if found := problems(recipe, anatomy, registry.catalogue()):
         raise InputError("This recipe does not fit the model.", " ".join(map(str, found)), "Correct the named fields and try again.")
-
-
-def _check_turns(recipe: Recipe) -> None:
-    """A turning preparation mixes neurons, so that none of them could be taken out of a model by itself afterwards."""
-    structure = recipe.structure
-    cuts = shape_stages(recipe) or structure.remove_heads or structure.remove_neurons
-    if cuts and any(isinstance(method, TurningMethod) for _, method, _ in preparations(recipe)):
-        why = "A rotation mixes the neurons that would be removed."
-        raise InputError("This recipe rotates the model and removes parts of it.", why, "Leave out the rotation, or what removes heads, neurons or blocks.")

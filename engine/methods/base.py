@@ -211,6 +211,8 @@ class ScalingMethod(PreparationMethod):
 class TurningMethod(PreparationMethod):
     """A preparation of the whole model that looks at no text."""
 
+    acts_on: ClassVar[str] = "model"
+
     @abstractmethod
     def turn(self, model: nn.Module, anatomy: Anatomy, seed: int, options: Any) -> tuple[str, ...]:
         """Change a model in place, by new parameters and hooks; the same seed gives the same model. Returns notes for the run's events."""

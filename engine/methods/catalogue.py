@@ -70,17 +70,20 @@ def problems(recipe: Recipe, anatomy: Anatomy, catalogue: dict[str, Any] | None 
     """
     found = recipe.validate_for(anatomy)
     described = catalogue or read_catalogue()
-    return found + check_stages(recipe, anatomy, described) if described else found
+    return found + check_stages(recipe, anatomy, described, fits=not found) if described else found
 
 
-def check_stages(recipe: Recipe, anatomy: Anatomy, catalogue: dict[str, Any]) -> list[Problem]:
-    """What of the stages cannot work: unknown methods, wrong options, schemes without a stage, stages without work."""
+def check_stages(recipe: Recipe, anatomy: Anatomy, catalogue: dict[str, Any], fits: bool = True) -> list[Problem]:
+    """What of the stages cannot work: unknown methods, wrong options, schemes without a stage, stages without work.
+
+    fits: whether the recipe fits the model otherwise; the plan of one that does not would only repeat what is wrong.
+    """
     entries = {entry["id"]: entry for entry in catalogue["methods"]}
     found = [*_method_problems(recipe, entries), *_unserved(recipe, entries)]
-    if found or recipe.validate_for(anatomy):
-        return found  # the plan of a recipe that does not fit would only repeat what is wrong
+    if found or not fits:
+        return found
     plan = plan_stages(recipe, anatomy, abilities(catalogue))
-    return [*_unmet_problems(plan, recipe, anatomy, entries), *_idle_problems(plan, recipe, entries), *_order_problems(plan)]
+    return [*_unmet_problems(plan, recipe, anatomy, entries), *_idle_problems(plan, recipe, entries), *_order_problems(plan), *_turned(recipe, entries)]
 
 
 def _method_problems(recipe: Recipe, entries: dict[str, dict[str, Any]]) -> list[Problem]:
@@ -157,3 +160,13 @@ def _order_problems(plan: Plan) -> list[Problem]:
         return misplaced
     wrong = f"Would change {plan.late[0]} after its weights were rounded to codes."
     return [*misplaced, Problem(field="stages", wrong=wrong, right="Put stages that prune or factor before stages that quantise.")]
+
+
+def _turned(recipe: Recipe, entries: dict[str, dict[str, Any]]) -> list[Problem]:
+    """A preparation that turns the whole model mixes its neurons: none of them could be taken out by itself afterwards."""
+    turns = [stage.method for stage in recipe.stages if entries[stage.method]["acts_on"] == "model" and entries[stage.method]["ability"]["part"] == "prepare"]
+    chosen = any(Ability.model_validate(entries[stage.method]["ability"]).shapes for stage in recipe.stages)
+    if not turns or not (chosen or recipe.structure.remove_heads or recipe.structure.remove_neurons):
+        return []
+    wrong = f"The stage {turns[0]} rotates the model and mixes the neurons that would be removed."
+    return [Problem(field="stages", wrong=wrong, right=f"Leave out {turns[0]}, or what removes heads, neurons or blocks.")]

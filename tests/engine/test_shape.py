@@ -153,5 +153,7 @@ def test_explicit_structure_needs_no_stage(in_memory: Build) -> None:
 def test_a_rotated_model_is_not_cut(in_memory: Build) -> None:
     lines = [{"match": "*", "weights": {"bits": 4, "group_size": 32}}]
     stages = [{"method": "rotation"}, {"method": "layerchop", "options": {"remove": 0.34}}, {"method": "rtn"}]
-    with pytest.raises(InputError, match=r"rotates the model and removes parts.*Leave out the rotation"):
+    with pytest.raises(InputError, match=r"rotation rotates the model and mixes.*Leave out rotation"):
         compress(in_memory("llama"), recipe(schemes=lines, stages=stages))
+    with pytest.raises(InputError, match="Leave out rotation"):
+        compress(in_memory("llama"), recipe(schemes=lines, stages=[stages[0], stages[2]], structure={"remove_neurons": {1: [0]}}))
