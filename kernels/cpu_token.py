@@ -1,7 +1,7 @@
 """All blocks of a decoding step as one call into C++. Knows matrices, norms and a cache; no model, no tokens.
 
 Built once from a loop's parts, whose storage it keeps alive and reads in place. `TokenStep.of` says None for parts that the
-C++ does not take (biases, formats without low-bit tiles, no compiler): the caller then goes on call by call.
+C++ does not take (biases, formats without low-bit tiles, inputs with outliers, no compiler): the caller then goes on call by call.
 """
 
 import ctypes
@@ -77,7 +77,7 @@ def _matrices(rows: Rows | nn.Module) -> list[Tensor | PackedLinear] | None:
     match rows:
         case DenseRows(bias_N=None, weight_NK=weight) if weight.dtype == torch.bfloat16 and weight.is_contiguous():
             return [weight]
-        case PackedRows(linear=linear) if linear.bias is None and linear.kernel == dispatch.LOWBIT:
+        case PackedRows(linear=linear) if linear.bias is None and linear.outliers is None and linear.kernel == dispatch.LOWBIT:
             return [linear]
         case SeparateRows(parts=parts):
             found = [_matrices(part) for part in parts]

@@ -82,6 +82,8 @@ def test_what_it_does_not_take(packed, monkeypatch: pytest.MonkeyPatch) -> None:
     assert TokenStep.of([block(packed, [None] * 7, 0, bias=True)]) is None
     assert TokenStep.of([block(packed, [FOUR, FOUR, FOUR, TableLayout("nf4", 16), FOUR, FOUR, FOUR], 0)]) is None
     parts = block(packed, four, 0)
+    mixed = PackedLinear(packed(SHAPES[3], WIDE, 3), activation_bits=8, outliers=6.0)
+    assert TokenStep.of([BlockParts(parts.norms, (parts.matrices[0], join([mixed], torch.bfloat16), *parts.matrices[2:]))]) is None, "outliers stay unrounded"
     floats = BlockParts(tuple((weight.float(), epsilon) for weight, epsilon in parts.norms), parts.matrices)
     assert TokenStep.of([floats]) is None
     odd = SimpleNamespace(weight=torch.zeros(4, 4), bias=None, out_features=4)
