@@ -37,7 +37,8 @@ class Decoder:
 
     model: a causal language model of transformers, its linears dense or packed. max_length: positions the cache has room
     for; None for the model's whole context. dtype: one type for everything, None for the rule above. Building a decoder
-    joins q, k, v and gate, up in the model's own storage; weights in another type than the steps' are copied.
+    joins q, k, v and gate, up in the model's own storage; weights in another type than the steps' are copied. Raises InputError
+    as `check_cache`.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, max_length: int | None = None, dtype: torch.dtype | None = None) -> None:
@@ -49,6 +50,7 @@ class Decoder:
         self.device = next(model.parameters()).device
         self.step_dtype, self.piece_dtype = _dtypes(model, self.device, dtype)
         self.reason = _why_not_own(model, self.max_length)
+        check_cache(model, self.max_length)
         with torch.inference_mode(False), torch.no_grad():
             self._loop: _OwnLoop | _TransformersLoop = self._own_loop() if self.reason is None else _TransformersLoop(self)
 
@@ -75,7 +77,7 @@ class Decoder:
         names = (("step_dtype", self.step_dtype), ("prefill_dtype", self.piece_dtype), ("kv_dtype", self._loop.cache_dtype))
         loop = "transformers, cache: " + self.reason if self.reason else "own, static cache"
         scheme = getattr(self.model, "kv_scheme", None)
-        held = {"kv_cache": scheme.model_dump_json(exclude_none=True)} if scheme is not None and not self.reason else {}
+        held = {} if scheme is None else {"kv_cache": scheme.model_dump_json(exclude_none=True)}
         return {"loop": loop, **{key: str(value).removeprefix("torch.") for key, value in names}, **held}
 
     def reset(self) -> None:
@@ -148,6 +150,13 @@ def _why_not_own(model: Any, max_length: int) -> str | None:
     if window and sliding and window < max_length:
         return f"attention slides over {window} tokens, fewer than {max_length}"
     return None
+
+
+def check_cache(model: Any, max_length: int = 1) -> None:
+    """Raises InputError for a model with a compressed cache that only transformers' loop can run: it would keep a plain one."""
+    reason = _why_not_own(model, max_length)
+    if reason and getattr(model, "kv_scheme", None) is not None:
+        raise InputError("The KV cache of this model cannot be compressed.", f"{reason[0].upper()}{reason[1:]}.", "Leave out `kv_cache`, or what stands against it.")
 
 
 class _Block:

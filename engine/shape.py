@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitpress.engine.chosen import decided, write_chosen
+from bitpress.engine.decode import check_cache
 from bitpress.engine.errors import BitpressError, InputError
 from bitpress.engine.layer_store import MadeFrom, ShapeStore
 from bitpress.engine.methods import registry
@@ -116,6 +117,7 @@ def shape_twin(loaded: Loaded, chosen: Chosen) -> Shaped:
         raise InputError("What was chosen does not fit the recipe's schemes.", " ".join(map(str, found)), "Change the named fields.")
     if recipe.kv_cache:
         model.kv_scheme = recipe.kv_cache  # type: ignore[assignment]  # read by whatever decodes or scores the model
+        check_cache(model)
     numbers = reshape(model, anatomy, recipe.structure)
     reduced = recipe.reduced(anatomy)
     made = moved(reduced, sorted(numbers))

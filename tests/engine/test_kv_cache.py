@@ -226,6 +226,19 @@ def test_what_does_not_fit_is_named(paper: Callable[..., Anatomy], cache: dict[s
     assert wrong in problem.wrong and right in problem.right and problem.field.startswith("kv_cache")
 
 
+def test_a_cache_that_would_not_be_used_is_refused_before_the_work(in_memory: Build) -> None:
+    """A rotation turns inputs as they come, which our own loop does not do, and no other has these caches."""
+    values = {"model": "m", "schemes": [{"match": "*", "weights": {"bits": 4, "group_size": 8}}], "stages": [{"method": "rotation"}, {"method": "rtn"}]}
+    loaded, said = in_memory("llama"), []
+    with pytest.raises(InputError, match="rotation"):
+        compress(loaded, Recipe.from_dict({**values, "kv_cache": KIVI}), emit=lambda kind, _: said.append(kind))
+    assert "layer_done" not in said
+    rotated = compress(loaded, Recipe.from_dict(values)).model
+    rotated.kv_scheme = KVCache.model_validate(KIVI)
+    with pytest.raises(InputError, match="rotation"):
+        Decoder(rotated, max_length=16)
+
+
 def test_models_whose_heads_do_not_fit(paper: Callable[..., Anatomy]) -> None:
     other = paper().model_copy(update={"architecture": "GPT2LMHeadModel"})
     (problem,) = recipe(KIVI).validate_for(other)
