@@ -156,7 +156,8 @@ def check_cache(model: Any, max_length: int = 1) -> None:
     """Raises InputError for a model with a compressed cache that only transformers' loop can run: it would keep a plain one."""
     reason = _why_not_own(model, max_length)
     if reason and getattr(model, "kv_scheme", None) is not None:
-        raise InputError("The KV cache of this model cannot be compressed.", f"{reason[0].upper()}{reason[1:]}.", "Leave out `kv_cache`, or what stands against it.")
+        why = f"{reason[0].upper()}{reason[1:]}."
+        raise InputError("The KV cache of this model cannot be compressed.", why, "Leave out `kv_cache`, or what stands against it.")
 
 
 class _Block:

@@ -1,10 +1,12 @@
-"""What one product costs on this machine, from the kept figures of `bench kernels`. Knows shapes and widths; times nothing, torch-free.
+"""What one product costs on this machine, from the kept figures of `bench kernels`. Knows shapes and layouts; times nothing, torch-free.
 
 Decoding a token multiplies every matrix once. A matrix of a shape that was not timed takes the time per stored byte of the
-nearest timed one of its width: at batch 1 reading the weights is what costs. Attention and norms are not in it.
+nearest timed one of its layout: at batch 1 reading the weights is what costs. Attention and norms are not in it.
 """
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitpress.engine.accounting import embedding_layout
+from bitpress.engine.accounting import embedding_layout, layout_of
 from bitpress.engine.choices import DENSE_BITS, HEAD_BITS, Choices, Floats, end_scheme
 from bitpress.engine.home import home
 from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.recipe import Scheme
+from bitpress.kernels.layout import DenseLayout, Layout, UniformLayout, layout_from_dict
 
 
 def table_path() -> Path:
@@ -36,39 +39,61 @@ def keep(report: dict[str, Any]) -> None:
 def kept_table() -> "LatencyTable | None":
     """The figures that are kept; None before the bench ran here, or when the file is damaged."""
     try:
-        rows = json.loads(table_path().read_text(encoding="utf8"))["rows"]
-        timed = {(int(row["bits"]), int(row["shape"][0]), int(row["shape"][1])): (float(row["p50_s"]), int(row["bytes"])) for row in rows}
+        return LatencyTable.of(json.loads(table_path().read_text(encoding="utf8"))["rows"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return LatencyTable(timed) if timed else None
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """(bits, N, K) -> (seconds, stored bytes) of one product; dense is 16 bits."""
+    """Layout -> (N, K) -> (seconds, stored bytes) of one product with one row of inputs. Dense is always among them."""
 
-    timed: dict[tuple[int, int, int], tuple[float, int]]
+    timed: Mapping[Layout, Mapping[tuple[int, int], tuple[float, int]]]
 
-    def product_seconds(self, bits: int, rows: int, columns: int, nbytes: int) -> float:
-        """Seconds of one product with a matrix of `nbytes` stored bytes; a width that was not timed counts as the nearest above."""
-        width = min((bits_ for bits_, _, _ in self.timed if bits_ >= bits), default=max(bits_ for bits_, _, _ in self.timed))
-        near = [(abs(np.log(n * k / (rows * columns))), n, k) for bits_, n, k in self.timed if bits_ == width]
-        _, n, k = min(near)
-        seconds, stored = self.timed[width, n, k]
-        return seconds * nbytes / stored
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]]) -> "LatencyTable":
+        """The table of the bench's rows. Raises KeyError, ValueError or TypeError for rows that are none, or without dense."""
+        timed: dict[Layout, dict[tuple[int, int], tuple[float, int]]] = {DenseLayout(): {}}
+        for row in rows:
+            if row["batch"] == 1:
+                n, k = row["shape"]
+                timed.setdefault(layout_from_dict(row["layout"]), {})[int(n), int(k)] = (float(row["p50_s"]), int(row["bytes"]))
+        if not timed[DenseLayout()]:
+            raise ValueError("The dense baseline is not among the rows.")
+        return cls(timed)
+
+    def product_seconds(self, layout: Layout, rows: int, columns: int) -> float:
+        """Seconds of one product with a matrix (rows, columns) in a layout."""
+        of_layout = self.timed[self._like(layout)]
+        n, k = min(of_layout, key=lambda shape: abs(math.log(shape[0] * shape[1] / (rows * columns))))
+        seconds, stored = of_layout[n, k]
+        return seconds * layout.nbytes(rows, columns) / stored
+
+    def _like(self, layout: Layout) -> Layout:
+        """The timed layout that stands for this one: itself, else the least uniform width above it, else dense."""
+        if layout in self.timed:
+            return layout
+        wider = [other for other in self.timed if isinstance(other, UniformLayout) and isinstance(layout, UniformLayout) and other.bits >= layout.bits]
+        return min(wider, key=lambda other: other.bits, default=DenseLayout())
 
     def seconds(self, choices: Choices) -> Floats:
-        """Seconds of every item's products under every option [I, J]. The tied embedding is multiplied as the head."""
-        return np.array([[self._item(choices, layers, option.scheme, column) for column, option in enumerate(choices.options)] for layers in choices.items])
+        """Seconds of every item's products under every option [I, J]. The tied embedding is multiplied as the head, an untied one not at all."""
+        known: dict[tuple[Layout, int, int], float] = {}
 
-    def _item(self, choices: Choices, layers: tuple[str, ...], scheme: Scheme, column: int) -> float:
-        total = 0.0
-        stored = choices.bytes_IJ[choices.items.index(layers), column]
-        whole = sum(choices.anatomy.by_name[name].numel for name in layers)
-        for part in (choices.anatomy.by_name[name] for name in layers):
-            bits = scheme.weights.bits if scheme.weights else DENSE_BITS
-            total += self.product_seconds(bits, part.out_features, part.in_features, int(stored * part.numel / whole))
-        return total
+        def product(part: Part, scheme: Scheme) -> float:
+            if part.name == choices.anatomy.embedding.name:
+                if not choices.anatomy.tied:
+                    return 0.0
+                layout = embedding_layout(end_scheme(scheme.weights.bits if scheme.weights else DENSE_BITS))
+            else:
+                layout = layout_of(scheme)
+            key = (layout, part.out_features, part.in_features)
+            if key not in known:
+                known[key] = self.product_seconds(*key)
+            return known[key]
+
+        parts = [[choices.anatomy.by_name[name] for name in layers] for layers in choices.items]
+        return np.array([[sum(product(part, option.scheme) for part in item) for option in choices.options] for item in parts])
 
     def token_seconds(self, choices: Choices, choice: NDArray[np.int64]) -> float:
         """Predicted seconds of one token: all products and the head."""
@@ -86,5 +111,4 @@ class LatencyTable:
         return sum(self._plain(part, DENSE_BITS) for part in (*anatomy.linears, anatomy.head or anatomy.embedding))
 
     def _plain(self, part: Part, bits: int) -> float:
-        nbytes = embedding_layout(end_scheme(bits)).nbytes(part.out_features, part.in_features)
-        return self.product_seconds(bits, part.out_features, part.in_features, nbytes)
+        return self.product_seconds(embedding_layout(end_scheme(bits)), part.out_features, part.in_features)

@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitpress.kernels.layout import BinaryLayout, BitmapLayout, DenseLayout, Layout, PairLayout, TableLayout, TwoFourLayout, UniformLayout, words_of
+from bitpress.kernels.layout import (
+    BinaryLayout,
+    BitmapLayout,
+    DenseLayout,
+    Layout,
+    PairLayout,
+    TableLayout,
+    TwoFourLayout,
+    UniformLayout,
+    layout_to_dict,
+    words_of,
+)
 from bitpress.kernels.packed import PackedLinear
 from bitpress.kernels.random_weights import random_packed
 from bitpress.kernels.rates import Rates, Reader, measure_rates, seconds
@@ -43,9 +55,9 @@ def kernel_table(quick: bool = False, batches: Sequence[int] = (1,)) -> dict[str
     """Measure every format at every shape. Returns {machine, rows, problems}.
 
     machine: processor, threads, load, and its limits {read_gb_per_s, copy_gb_per_s, bfloat16_gflop_per_s, float32_gflop_per_s}.
-    A row: shape [N, K], batch, format, bits (stored ones a weight, scales counted), group, kernel, reason, p10_s, p50_s, bytes
-    (stored), gb_per_s and read_fraction (of stored bytes at p10, over the machine's read rate), dense_ratio (dense p50 over this
-    p50), bound ("memory" or "compute"), noisy. Seconds are of one product. problems: what cannot be true of these figures.
+    A row: shape [N, K], batch, format, layout (as a file keeps it), bits (stored ones a weight, scales counted), group, kernel, reason, p10_s,
+    p50_s, bytes (stored), gb_per_s and read_fraction (of stored bytes at p10, over the machine's read rate), dense_ratio (dense p50 over this
+    p50), bound ("memory", or "other": unpacking, multiplying or the call itself), noisy. Seconds are of one product. problems: what cannot be true of these figures.
     """
     reader = Reader()
     rates, rows = measure_rates(reader), []
@@ -54,7 +66,7 @@ def kernel_table(quick: bool = False, batches: Sequence[int] = (1,)) -> dict[str
             rows += _shape_rows(shape, batch, reader, quick)
     for row in rows:
         row["read_fraction"] = row["gb_per_s"] * 1e9 / reader.best
-        row["bound"] = "memory" if row["read_fraction"] > MEMORY_BOUND else "compute"
+        row["bound"] = "memory" if row["read_fraction"] > MEMORY_BOUND else "other"
     return {"machine": _machine(rates, reader), "rows": rows, "problems": problems(rows)}
 
 
@@ -90,14 +102,12 @@ def _shape_rows(shape: tuple[int, int], batch: int, reader: Reader, quick: bool)
 
 def _row(side: Layout | str, shape: tuple[int, int], batch: int, product: Any, taken: list[float], dense_p50: float) -> dict[str, Any]:
     p10, p50 = sorted(taken)[len(taken) // 10], statistics.median(taken)
-    named: dict[str, Any]
-    if isinstance(side, str):
-        named = {"format": "dense, 16 bits", "bits": 16.0, "group": 0, "kernel": "dense bfloat16", "reason": "the baseline", "bytes": 2 * shape[0] * shape[1]}
-    else:
-        nbytes, choice = side.nbytes(*shape), product.kernel_for(batch)
-        named = {"format": words_of(side), "bits": 8 * nbytes / (shape[0] * shape[1]), "group": getattr(side, "group_size", 0), "kernel": choice.kernel,
-                 "reason": choice.reason, "bytes": nbytes}  # fmt: skip
-    figures = {"p10_s": p10, "p50_s": p50, "gb_per_s": named["bytes"] / p10 / 1e9, "dense_ratio": dense_p50 / p50}
+    layout = DenseLayout() if isinstance(side, str) else side
+    kernel, reason = ("dense bfloat16", "the baseline") if isinstance(side, str) else astuple(product.kernel_for(batch))
+    nbytes = layout.nbytes(*shape)
+    named = {"format": words_of(layout), "layout": layout_to_dict(layout), "bits": 8 * nbytes / (shape[0] * shape[1]),
+             "group": getattr(layout, "group_size", 0), "kernel": kernel, "reason": reason, "bytes": nbytes}  # fmt: skip
+    figures = {"p10_s": p10, "p50_s": p50, "gb_per_s": nbytes / p10 / 1e9, "dense_ratio": dense_p50 / p50}
     return {"shape": list(shape), "batch": batch, **named, **figures, "noisy": p50 > NOISY_SPREAD * p10}
 
 

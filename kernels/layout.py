@@ -178,9 +178,10 @@ def words_of(layout: Layout) -> str:
     match layout:
         case UniformLayout() | BinaryLayout():
             kind = "binary, " if isinstance(layout, BinaryLayout) else ""
-            return f"{kind}{layout.bits} bits, group {layout.group_size or 'row'}"
+            zeros = ", float zeros" if isinstance(layout, UniformLayout) and not layout.symmetric and layout.zero == "float" else ""
+            return f"{kind}{layout.bits} bits, group {layout.group_size or 'row'}{zeros}"
         case TableLayout():
-            return f"{layout.table}, group {layout.group_size or 'row'}"
+            return f"{layout.table}, group {layout.group_size or 'row'}{', double scales' if layout.double_scales else ''}"
         case BitmapLayout():
             return f"bitmap, {layout.ratio:.0%} zeros"
         case TwoFourLayout():

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from bitpress.engine.accounting import size_of
 from bitpress.engine.allocate import allocate, frontier, reasons
 from bitpress.engine.choices import Choices, choices_of
 from bitpress.engine.errors import InputError
-from bitpress.engine.latency_table import LatencyTable
+from bitpress.engine.latency_table import LatencyTable, keep, kept_table, table_path
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import Recipe, Stage
 from bitpress.engine.sensitivity_file import DATA_FREE, FISHER, OPTIONS, Score, SensitivityReport
+from bitpress.kernels.layout import BitmapLayout, DenseLayout, Layout, TableLayout, UniformLayout, layout_to_dict
 
+WIDTHS = (2, 3, 4, 8)
 HARM = {"8-bit": 1e-5, "4-bit": 4e-3, "3-bit": 2e-2, "2-bit": 0.12, "50%": 0.06, "2:4": 0.1}
 
 
@@ -84,11 +87,36 @@ def test_two_budgets_and_a_budget_of_quality(choices: Choices) -> None:
     again = allocate(choices, {"bytes": alone.predicted["bytes"]})
     assert again.predicted["kl"] <= alone.predicted["kl"] + 1e-12
     assert allocate(choices, {"bytes": alone.predicted["bytes"] - 1}).predicted["perplexity_ratio"] > 1.1, "nothing smaller is as good"
-    timed = LatencyTable({(bits, 64, 64): (bits * 1e-6, 64 * 64 * bits // 8) for bits in (2, 3, 4, 8, 16)})
+    timed = LatencyTable({layout: {(64, 64): (layout.nbytes(64, 64) * 1e-9, layout.nbytes(64, 64))} for layout in (DenseLayout(), *map(UniformLayout, WIDTHS))})
     free = allocate(choices, {"linear_bits": 4.0}, latency=timed)
     both = allocate(choices, {"linear_bits": 4.0, "latency_s": free.predicted["latency_s"] * 0.9}, latency=timed)
     assert both.predicted["latency_s"] <= free.predicted["latency_s"] * 0.9
     assert both.predicted["kl"] >= free.predicted["kl"]
+
+
+def bench_row(layout: Layout, seconds: float, shape: tuple[int, int] = (64, 64), batch: int = 1) -> dict[str, object]:
+    return {"layout": layout_to_dict(layout), "shape": list(shape), "batch": batch, "p50_s": seconds, "bytes": layout.nbytes(*shape)}
+
+
+def test_a_kept_bench_is_read_layout_by_layout(bitpress_home: Path, choices: Choices) -> None:
+    """NF4 is as wide as 4 uniform bits, and many rows are no decoding: neither may stand for the other."""
+    four, half = UniformLayout(4), BitmapLayout(0.5)
+    rows = [bench_row(DenseLayout(), 8e-6), bench_row(four, 2e-6), bench_row(TableLayout("nf4"), 5e-6), bench_row(half, 6e-6), bench_row(four, 9e-6, batch=16)]
+    assert kept_table() is None
+    keep({"rows": rows})
+    table = kept_table()
+    assert table is not None
+    assert table.product_seconds(four, 64, 64) == pytest.approx(2e-6)
+    assert table.product_seconds(half, 128, 64) == pytest.approx(12e-6)
+    assert table.product_seconds(UniformLayout(3), 64, 64) == pytest.approx(2e-6 * UniformLayout(3).nbytes(64, 64) / four.nbytes(64, 64))
+    assert table.product_seconds(UniformLayout(8), 64, 64) == pytest.approx(8e-6 * UniformLayout(8).nbytes(64, 64) / (2 * 64 * 64)), "nothing wider but dense"
+    layer, options = choices.anatomy.by_name[choices.items[0][0]], [option.id for option in choices.options]
+    found = table.seconds(choices)[0, options.index("50%")]
+    assert found == pytest.approx(table.product_seconds(half, layer.out_features, layer.in_features)), "zeros cost what their kernel was timed at"
+    keep({"rows": rows[1:]})
+    assert kept_table() is None, "without dense there is nothing to compare with"
+    table_path().write_text('{"rows": [{"bits": 4}]}')
+    assert kept_table() is None
 
 
 def test_locks_hold_and_the_base_keeps_its_stages(anatomy: Anatomy) -> None:
