@@ -17,6 +17,7 @@ from bitpress.engine.compress import compress
 from bitpress.engine.decode import Decoder
 from bitpress.engine.measure.latency import Plan, measure_latency
 from bitpress.engine.measure.memory import weights_of
+from bitpress.engine.measure.report import latency_figures
 from bitpress.engine.model import library, load
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.runs import machine
@@ -82,10 +83,9 @@ def decode_table(model_id: str | None = None, quick: bool = False, widths: Seque
     rows = []
     for side, latency in found.items():
         weights = weights_of(models.get(side, loaded.model), loaded.anatomy.block_prefix, loaded.anatomy.itemsize)
-        figures = {key: value for key, value in vars(latency).items() if key != "conditions"}
         gain = latency.decode_tokens_per_s / found[DENSE].decode_tokens_per_s
         rows.append({"side": side, "model": loaded.model_id, "bits_per_weight_model": weights.bits_per_weight_model, "bytes": weights.stored_bytes,
-                     **figures, "times_dense": gain, "conditions": {**latency.conditions, **decoders[side].conditions}})  # fmt: skip
+                     **latency_figures(latency), "times_dense": gain, "conditions": {**latency.conditions, **decoders[side].conditions}})  # fmt: skip
     return {"machine": machine.describe(), "rows": rows}
 
 
@@ -100,15 +100,16 @@ def prefill_table(model_id: str | None = None, quick: bool = False, widths: Sequ
 
 
 def with_rival(report: dict[str, Any], pythons: Mapping[str, str], gguf: str | None) -> dict[str, Any]:
-    """The report with llama.cpp's row on the same plan, or the reason why there is none."""
-    conditions = report["rows"][0]["conditions"]
+    """The report with llama.cpp's row for the same prompt and number of tokens, or the reason why there is none."""
+    conditions = {key: report["rows"][0]["conditions"][key] for key in ("batch", "prompt", "new", "threads")}
     if gguf is None:
         asked: dict[str, Any] = {"rival": "llama.cpp", "skipped": "no GGUF file of these weights was named (--rival-file FILE)"}
     else:
         asked = rivals.ask("llama.cpp", pythons, gguf, str(conditions["prompt"]), str(conditions["new"]))
     if "skipped" in asked:
         return {**report, "skipped": {asked["rival"]: asked["skipped"]}}
-    return {**report, "rows": [*report["rows"], {"side": asked.pop("rival"), "conditions": {**conditions, "file": Path(gguf or "").name}, **asked}]}
+    own = {"loop": "llama.cpp, after the others", "rounds": asked.pop("rounds"), "file": Path(gguf or "").name}
+    return {**report, "rows": [*report["rows"], {"side": asked.pop("rival"), "conditions": {**conditions, **own}, **asked}]}
 
 
 def _default_model() -> str:

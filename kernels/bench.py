@@ -57,7 +57,8 @@ def kernel_table(quick: bool = False, batches: Sequence[int] = (1,)) -> dict[str
     machine: processor, threads, load, and its limits {read_gb_per_s, copy_gb_per_s, bfloat16_gflop_per_s, float32_gflop_per_s}.
     A row: shape [N, K], batch, format, layout (as a file keeps it), bits (stored ones a weight, scales counted), group, kernel, reason, p10_s,
     p50_s, bytes (stored), gb_per_s and read_fraction (of stored bytes at p10, over the machine's read rate), dense_ratio (dense p50 over this
-    p50), bound ("memory", or "other": unpacking, multiplying or the call itself), noisy. Seconds are of one product. problems: what cannot be true of these figures.
+    p50), bound ("memory", or "other": unpacking, multiplying or the call itself), noisy. Seconds are of one product. problems: what cannot
+    be true of these figures.
     """
     reader = Reader()
     rates, rows = measure_rates(reader), []

@@ -26,4 +26,5 @@ def once(count: int) -> tuple[float, float]:
 once(8)
 rounds = [once(new) for _ in range(5)]
 ttft, steps = (statistics.median(column) for column in zip(*rounds, strict=True))
-print(json.dumps({"version": llama_cpp.__version__, "prefill_tokens_per_s": prompt / ttft, "decode_tokens_per_s": new / steps, "ttft_s": ttft}))
+rates = {"prefill_tokens_per_s": prompt / ttft, "decode_tokens_per_s": new / steps, "ttft_s": ttft}
+print(json.dumps({"version": llama_cpp.__version__, "rounds": len(rounds), **rates}))

@@ -9,7 +9,8 @@ from bitpress.engine import rivals
 from bitpress.engine.decode_bench import with_rival
 from bitpress.engine.errors import InputError
 
-REPORT = {"machine": {}, "rows": [{"side": "dense", "conditions": {"prompt": 8, "new": 4}}]}
+SAME = {"batch": 1, "prompt": 8, "new": 4, "threads": 2}
+REPORT = {"machine": {}, "rows": [{"side": "dense", "conditions": {**SAME, "loop": "own, static cache", "step_dtype": "bfloat16", "noisy": []}}]}
 
 
 @pytest.fixture
@@ -22,10 +23,11 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return write
 
 
-def test_an_answer_is_a_row_under_the_same_conditions(script) -> None:
-    pythons = script("import sys, json; print('loading'); print(json.dumps({'decode_tokens_per_s': float(sys.argv[4])}))")
+def test_an_answer_is_a_row_under_conditions_of_its_own_where_they_are_not_the_same(script) -> None:
+    pythons = script("import sys, json; print('loading'); print(json.dumps({'rounds': 5, 'decode_tokens_per_s': float(sys.argv[4])}))")
     row = with_rival(REPORT, pythons, "/some/model-q4.gguf")["rows"][-1]
-    assert row["side"] == "llama.cpp" and row["decode_tokens_per_s"] == 4 and row["conditions"] == {"prompt": 8, "new": 4, "file": "model-q4.gguf"}
+    own = {"loop": "llama.cpp, after the others", "rounds": 5, "file": "model-q4.gguf"}
+    assert row["side"] == "llama.cpp" and row["decode_tokens_per_s"] == 4 and row["conditions"] == {**SAME, **own}, "it said no type and no noise"
 
 
 def test_no_python_no_file_and_no_answer_are_reasons(script) -> None:
