@@ -8,12 +8,12 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from bitpress.app.ui.layer_map import Cell, Legend
+from bitpress.app.ui.layer_map import Cell, Legend, grid
 from bitpress.app.ui.numbers import MINUS, THIN, amount, duration, file_size, signed_percent, whole
 from bitpress.engine.allocate import Allocation, Curve, Reason, frontier
 from bitpress.engine.choices import Choices, choices_of
 from bitpress.engine.errors import BitpressError
-from bitpress.engine.model.anatomy import Anatomy
+from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.predict import predicted_kl
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.runs.store import Run, Store
@@ -205,22 +205,17 @@ def x_of(point: Any, axis: str, anatomy: Anatomy) -> float:
 def cells(anatomy: Anatomy, choices: Choices, allocation: Allocation, locked: Mapping[str, str]) -> list[Cell]:
     """The chosen recipe as squares: bits in colour and number, zeros as a smaller square, a lock where a person set it."""
     schemes = {option.id: option.scheme for option in choices.options}
-    found = {(part.role, part.block): part for part in anatomy.linears}
-    squares = []
-    for role in anatomy.roles:
-        for block in range(anatomy.blocks):
-            part = found.get((role, block))
-            if part is None:
-                squares.append(Cell(f"{role}-{block}", role, block, title=f"Block {block} has no {role}", state="missing"))
-                continue
-            option = allocation.options[part.name]
-            weights, sparsity = schemes[option].weights, schemes[option].sparsity
-            held = ", locked" if part.name in locked else ""
-            title = f"Block {block}, {role}\n{option}{held}\n{whole(part.out_features)} × {whole(part.in_features)}\n{part.name}"
-            value = BIT_PLACES.get(weights.bits) if weights else None
-            text = str(weights.bits) if weights else "16"
-            squares.append(Cell(part.name, role, block, value, text, title, 0.6 if sparsity else 1.0, state="locked" if part.name in locked else ""))
-    return squares
+
+    def draw(part: Part) -> Cell:
+        option = allocation.options[part.name]
+        weights, sparsity = schemes[option].weights, schemes[option].sparsity
+        held = ", locked" if part.name in locked else ""
+        title = f"Block {part.block}, {part.role}\n{option}{held}\n{whole(part.out_features)} × {whole(part.in_features)}\n{part.name}"
+        value = BIT_PLACES.get(weights.bits) if weights else None
+        text = str(weights.bits) if weights else "16"
+        return Cell(part.name, part.role, part.block, value, text, title, 0.6 if sparsity else 1.0, state="locked" if part.name in locked else "")
+
+    return grid(anatomy, draw)
 
 
 def legend() -> Legend:

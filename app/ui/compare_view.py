@@ -7,10 +7,10 @@ from functools import lru_cache
 from typing import Any
 
 from bitpress.app.edits import describe
-from bitpress.app.ui.layer_map import Cell, Legend
+from bitpress.app.ui.layer_map import Cell, Legend, grid
 from bitpress.app.ui.numbers import MINUS, THIN, amount
 from bitpress.app.ui.run_names import plan_of_run, short_id
-from bitpress.engine.model.anatomy import Anatomy
+from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.recipe import Recipe, Scheme
 from bitpress.engine.runs.labels import Labels, read_labels
 from bitpress.engine.runs.status import Status
@@ -268,21 +268,15 @@ def _texts(folder: str, run_id: str) -> dict[str, str]:
 def difference_cells(anatomy: Anatomy, before: Recipe, after: Recipe) -> tuple[list[Cell], int]:
     """A square a matrix, coloured by how many bits a weight it gained or lost, and how many matrices differ in any way."""
     old, new = before.resolve(anatomy), after.resolve(anatomy)
-    found = {(part.role, part.block): part for part in anatomy.linears}
-    cells, changed = [], 0
-    for role in anatomy.roles:
-        for block in range(anatomy.blocks):
-            part = found.get((role, block))
-            if part is None:
-                cells.append(Cell(f"{role}-{block}", role, block, title=f"Block {block} has no {role}", state="missing"))
-                continue
-            one, two = old.get(part.name), new.get(part.name)
-            changed += one != two
-            more = _bits(two) - _bits(one)
-            text = "" if one == two else f"{'+' if more > 0 else MINUS if more < 0 else '±'}{abs(more)}"
-            title = f"Block {block}, {role}\nfrom {describe(one)}\nto {describe(two)}\n{part.name}"
-            cells.append(Cell(part.name, role, block, None if one == two else 0.5 + max(-0.5, min(0.5, more / 12)), text, title))
-    return cells, changed
+
+    def draw(part: Part) -> Cell:
+        one, two = old.get(part.name), new.get(part.name)
+        more = _bits(two) - _bits(one)
+        text = "" if one == two else f"{'+' if more > 0 else MINUS if more < 0 else '±'}{abs(more)}"
+        title = f"Block {part.block}, {part.role}\nfrom {describe(one)}\nto {describe(two)}\n{part.name}"
+        return Cell(part.name, part.role, part.block, None if one == two else 0.5 + max(-0.5, min(0.5, more / 12)), text, title)
+
+    return grid(anatomy, draw), sum(old.get(part.name) != new.get(part.name) for part in anatomy.linears)
 
 
 def _bits(scheme: Scheme | None) -> int:

@@ -1,10 +1,10 @@
-"""A grid of squares that a person can select in: columns are blocks, rows are roles. Knows cells and selections, no model.
+"""A grid of squares that a person can select in: columns are blocks, rows are roles. Knows cells and selections, and of a model only where its matrices stand.
 
 Drawn by our own component (`layer_map.js`): a Plotly chart loses its selection when it is recoloured and cannot take clicks
 and boxes at once. The selection lives in the session under the component's key, so it survives recolouring and page changes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import streamlit as st
 
 from bitpress.app.ui.theme import AMOUNT, STEPS, palette
+from bitpress.engine.model.anatomy import Anatomy, Part
 
 _HERE = Path(__file__).parent
 _component = st.components.v2.component(
@@ -59,6 +60,16 @@ class Selection:
 
     def __bool__(self) -> bool:
         return bool(self.ids)
+
+
+def grid(anatomy: Anatomy, draw: Callable[[Part], Cell]) -> list[Cell]:
+    """A square for every role and block, drawn of the matrix that stands there; a dot where a block has none of the role."""
+    found = {(part.role, part.block): part for part in anatomy.linears}
+    return [
+        draw(found[role, block]) if (role, block) in found else Cell(f"{role}-{block}", role, block, title=f"Block {block} has no {role}", state="missing")
+        for role in anatomy.roles
+        for block in range(anatomy.blocks)
+    ]
 
 
 def selected(key: str) -> tuple[str, ...]:
@@ -112,9 +123,9 @@ def _grid(cells: Sequence[Cell], columns: Sequence[str] | None) -> dict[str, Any
     rows = list(dict.fromkeys(cell.row for cell in cells if cell.column is not None))
     last = max((cell.column for cell in cells if cell.column is not None), default=-1)
     names = list(columns) if columns is not None else [str(index) for index in range(last + 1)]
-    grid = [[c.id, rows.index(c.row), c.column, _place(c.value), c.text, round(c.size, 3), c.level, c.state, c.title] for c in cells if c.column is not None]
+    squares = [[c.id, rows.index(c.row), c.column, _place(c.value), c.text, round(c.size, 3), c.level, c.state, c.title] for c in cells if c.column is not None]
     band = [[c.id, c.row, 0, _place(c.value), c.text, round(c.size, 3), c.level, c.state, c.title] for c in cells if c.column is None]
-    return {"rows": rows, "columns": names, "cells": grid, "band": band}
+    return {"rows": rows, "columns": names, "cells": squares, "band": band}
 
 
 def _legend(legend: Legend | None) -> dict[str, Any] | None:

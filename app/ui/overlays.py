@@ -6,7 +6,7 @@ from math import log10
 from typing import Any
 
 from bitpress.app.edits import DENSE_BITS, describe, describe_cache
-from bitpress.app.ui.layer_map import Cell, Legend
+from bitpress.app.ui.layer_map import Cell, Legend, grid
 from bitpress.app.ui.numbers import TIMES, amount, file_size, whole
 from bitpress.app.ui.theme import AMOUNT, HARM
 from bitpress.engine.accounting import Size, break_even, cache_bytes, part_rank
@@ -44,16 +44,8 @@ def cells_of(picture: Picture, overlay: str) -> list[Cell]:
     schemes = picture.schemes
     paint = _painter(picture, overlay, schemes)
     smaller = picture.recipe.reduced(picture.anatomy).by_name
-    found = {(part.role, part.block): smaller.get(part.name, part) for part in picture.anatomy.linears}
-    cells = []
-    for role in picture.anatomy.roles:
-        for block in range(picture.anatomy.blocks):
-            part = found.get((role, block))
-            cells.append(
-                _cell(picture, part, schemes, paint) if part else Cell(f"{role}-{block}", role, block, title=f"Block {block} has no {role}", state="missing")
-            )
-    if any(part.block is None for part in picture.anatomy.linears):
-        cells += [_cell(picture, part, schemes, paint) for part in picture.anatomy.linears if part.block is None]
+    cells = grid(picture.anatomy, lambda part: _cell(picture, smaller.get(part.name, part), schemes, paint))
+    cells += [_cell(picture, part, schemes, paint) for part in picture.anatomy.linears if part.block is None]
     return cells + _ends(picture, overlay)
 
 

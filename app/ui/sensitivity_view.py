@@ -6,9 +6,9 @@ from math import log10
 from typing import Any
 
 from bitpress.app import edits
-from bitpress.app.ui.layer_map import Cell, Legend
+from bitpress.app.ui.layer_map import Cell, Legend, grid
 from bitpress.app.ui.numbers import amount, whole
-from bitpress.engine.model.anatomy import Anatomy
+from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.recipe import Recipe
 
 Scores = Mapping[str, float]  # layer name -> harm of one option
@@ -42,20 +42,15 @@ def bounds_of(scores: Iterable[float]) -> Bounds | None:
 
 def cells(anatomy: Anatomy, scores: Scores, bounds: Bounds | None, option: str) -> list[Cell]:
     """A square for every role and block, coloured by its score."""
-    found = {(part.role, part.block): part for part in anatomy.linears}
-    squares = []
-    for role in anatomy.roles:
-        for block in range(anatomy.blocks):
-            part = found.get((role, block))
-            if part is None:
-                squares.append(Cell(f"{role}-{block}", role, block, title=f"Block {block} has no {role}", state="missing"))
-                continue
-            score = scores.get(part.name)
-            place = bounds.place(score) if bounds and score is not None else None
-            said = f"harm at {option}: {amount(score)}" if score is not None else UNMEASURED
-            title = f"Block {block}, {role}\n{said}\n{whole(part.out_features)} × {whole(part.in_features)}\n{part.name}"
-            squares.append(Cell(part.name, role, block, place, amount(score, 2) if score is not None else "", title, level=place))
-    return squares
+
+    def draw(part: Part) -> Cell:
+        score = scores.get(part.name)
+        place = bounds.place(score) if bounds and score is not None else None
+        said = f"harm at {option}: {amount(score)}" if score is not None else UNMEASURED
+        title = f"Block {part.block}, {part.role}\n{said}\n{whole(part.out_features)} × {whole(part.in_features)}\n{part.name}"
+        return Cell(part.name, part.role, part.block, place, amount(score, 2) if score is not None else "", title, level=place)
+
+    return grid(anatomy, draw)
 
 
 def legend(bounds: Bounds | None, title: str) -> Legend:
