@@ -14,7 +14,7 @@ from bitpress.app.ui.layer_map import layer_map, selected
 from bitpress.app.ui.live_panel import POLL_SECONDS, STATE_BADGES, progress_line, told
 from bitpress.app.ui.locks import lock, locks_of, set_locks, unlock, written
 from bitpress.app.ui.metric_cards import Card, cards, ideal_speed_card, size_card
-from bitpress.app.ui.notices import error_markdown, guarded, plain, show_error
+from bitpress.app.ui.notices import error_markdown, guarded, plain, show_error, tell_notice
 from bitpress.app.ui.numbers import amount, duration, signed_percent
 from bitpress.app.ui.run_names import finished_runs
 from bitpress.app.ui.run_view import RunView
@@ -41,8 +41,7 @@ KIND_WORDS = {"fisher": "Estimated", "kl": "Measured"}
 
 def autotune() -> None:
     """The page."""
-    if state.session().notice is not None:
-        show_error(state.session().notice)
+    tell_notice()
     anatomy = model_picker.ready_anatomy()
     state.write_link()
     if anatomy is None:
@@ -60,7 +59,7 @@ def measure_first(anatomy: Anatomy) -> None:
     """The one thing to do before there are scores, and how far it is."""
     status = model_picker.newest("sensitivity", anatomy.model)
     active = status is not None and status.active
-    st.info("Nothing is known of this model's layers yet. It is measured once, in about as long as ten forward passes, and kept.", icon=":material/thermostat:")
+    st.info("Nothing is known of this model's layers yet. It is measured once and kept.", icon=":material/thermostat:")
     if active and status is not None:
         st.fragment(_measuring, run_every=POLL_SECONDS)(status.id)
         return
@@ -106,7 +105,7 @@ def tune(anatomy: Anatomy, report: SensitivityReport) -> None:
     act(anatomy, recipe, found)
     chosen_map(anatomy, choices, found, locks)
     check_chart(runs)
-    show_commands(_command(anatomy, budgets, ties, locks, ends), _python(anatomy, budgets, ties, locks, ends))
+    show_commands(_command(anatomy, budgets, kind, ties, locks, ends), _python(anatomy, budgets, kind, ties, locks, ends))
 
 
 def settings(kinds: Sequence[str]) -> tuple[str, tuple[str, ...], int | None]:
@@ -283,16 +282,16 @@ def reason_box(choices: Choices, found: Allocation, layer: str, locked: bool) ->
                      column_config={name: st.column_config.NumberColumn(name, format="%.4g") for name in view.HARM_COLUMNS})  # fmt: skip
 
 
-def _command(anatomy: Anatomy, budgets: dict[str, float], ties: Sequence[str], locks: dict[str, str], ends: int | None) -> str:
-    asked = " ".join(f"--{kind.replace('_', '-')} {value:g}" for kind, value in budgets.items())
+def _command(anatomy: Anatomy, budgets: dict[str, float], kind: str, ties: Sequence[str], locks: dict[str, str], ends: int | None) -> str:
+    asked = " ".join(f"--{budget.replace('_', '-')} {value:g}" for budget, value in budgets.items())
     tied = "".join(f" --tie {tie}" for tie in ties)
     held = "".join(f' --lock "{piece.strip()}"' for piece in written(locks, anatomy).split(";") if piece.strip())
-    return f"bitpress allocate {anatomy.model} {asked}{tied}{held}{'' if ends == 8 else f' --embedding-bits {ends or 0}'} --json"
+    return f"bitpress allocate {anatomy.model} {asked} --kind {kind}{tied}{held}{'' if ends == 8 else f' --embedding-bits {ends or 0}'} --json"
 
 
-def _python(anatomy: Anatomy, budgets: dict[str, float], ties: Sequence[str], locks: dict[str, str], ends: int | None) -> str:
+def _python(anatomy: Anatomy, budgets: dict[str, float], kind: str, ties: Sequence[str], locks: dict[str, str], ends: int | None) -> str:
     held = dict(piece.strip().rsplit("=", 1) for piece in written(locks, anatomy).split(";") if piece.strip())
-    given = f"ties={tuple(ties)!r}, locks={held!r}, embedding_bits={ends!r}"
+    given = f"kind={kind!r}, ties={tuple(ties)!r}, locks={held!r}, embedding_bits={ends!r}"
     call = f'allocate_model("{anatomy.model}", {budgets!r}, {given})'
     return f"from bitpress.engine.allocate_model import allocate_model\n\nfound = {call}\nprint(found.recipe.to_yaml(), found.predicted)"
 

@@ -11,10 +11,10 @@ from bitpress.app.ui import compare_charts as charts
 from bitpress.app.ui import compare_view as view
 from bitpress.app.ui import model_picker
 from bitpress.app.ui.commands import show_commands
-from bitpress.app.ui.compare_labels import label_box, undo_deletion
+from bitpress.app.ui.compare_labels import empty_old_bin, label_box, undo_deletion
 from bitpress.app.ui.layer_map import layer_map
-from bitpress.app.ui.notices import empty, guarded, plain, show_error
-from bitpress.app.ui.numbers import whole
+from bitpress.app.ui.notices import empty, guarded, plain, tell_notice
+from bitpress.app.ui.numbers import counted
 from bitpress.app.ui.theme import CHANGE
 from bitpress.engine.errors import BitpressError
 from bitpress.engine.runs.store import Store
@@ -29,12 +29,12 @@ MOST_TEXTS = 4
 
 def compare() -> None:
     """The page."""
-    if state.session().notice is not None:
-        show_error(state.session().notice)
+    tell_notice()
     state.write_link()
     st.subheader("Compare", anchor=False)
     model = state.session().model
     statuses = [status for status in Store().list(kind="compress", state="finished", limit=view.MOST_RUNS) if status.model == model]
+    empty_old_bin()
     everything = view.entries_of(statuses)
     undo_deletion()
     entries = filtered(everything)
@@ -68,7 +68,7 @@ def filtered(entries: Sequence[view.Entry]) -> list[view.Entry]:
 def baseline(entries: Sequence[view.Entry], model: str) -> view.Entry | None:
     """What differences are taken to: the dense model unless a run is pinned."""
     dense = view.dense_of(model, entries)
-    known = {entry.id: entry for entry in ([dense] if dense else []) + [entry for entry in entries if entry.labels.deleted is None]}
+    known = {entry.id: entry for entry in [*([dense] if dense else []), *entries]}
     name = st.selectbox("Baseline", list(known), format_func=lambda name: "Dense model" if name == DENSE else view.title_of(known[name]), key="base",
                         bind="query-params", help="Pinned as the first row; every difference is to it.")  # fmt: skip
     return known.get(name)
@@ -82,7 +82,7 @@ def run_table(entries: Sequence[view.Entry], base: view.Entry | None) -> list[vi
     config["star"] = st.column_config.TextColumn("★", width=36)
     config["run"] = st.column_config.TextColumn("run", width=90)
     st.caption(
-        f"{whole(len(entries))} runs. ▲ better, ▽ worse than the baseline; quality is compared on the same text only. Select rows to go on with them."
+        f"{counted(len(entries), 'run')}. ▲ better, ▽ worse than the baseline; quality is compared on the same text only. Select rows to go on with them."
     )
     st.dataframe(charts.coloured(rows), key=TABLE, hide_index=True, height=min(TABLE_HEIGHT, 44 + 35 * len(rows["run"])), column_config=config,
                  selection_mode="multi-row", on_select="rerun", alt="Runs with their figures and differences to the baseline")  # fmt: skip
@@ -121,12 +121,12 @@ def front_box(entries: Sequence[view.Entry], everything: Sequence[view.Entry]) -
         return
     front = view.front(placed, x, y)
     best = view.knee(front, x, y)
-    curve = view.uniform_curve(view.placed(everything, x, y), x, y)
+    curve = view.uniform_curve(view.placed(everything, x, y, placed[0].protocol), x, y)
     shown = placed if dominated else front
     event = st.plotly_chart(charts.pareto_figure(shown, front, best, curve, x, y), key=PARETO, on_select="rerun", selection_mode="points",
                             alt=charts.pareto_alt(shown, front, best, x, y), config={"displayModeBar": False})  # fmt: skip
     left_out = len(view.allowed(entries, limits)) - len(placed)
-    st.caption(charts.pareto_note(front, best, x, y) + (f" {left_out} runs lack a figure or were measured on another text." if left_out else ""))
+    st.caption(charts.pareto_note(front, best, x, y) + (f" {counted(left_out, 'run')} left out, for want of a figure or for another text." if left_out else ""))
     picked(event, placed, best)
     charts.pareto_twin(placed, front, best, x, y)
 
@@ -191,7 +191,7 @@ def differences(entries: Sequence[view.Entry], base: view.Entry | None, everythi
 def layer_difference(entries: Sequence[view.Entry]) -> None:
     """Bits of the second run less those of the first, layer by layer."""
     anatomy = model_picker.ready_anatomy()
-    known = {entry.id: view.title_of(entry) for entry in entries if entry.labels.deleted is None}
+    known = {entry.id: view.title_of(entry) for entry in entries}
     if anatomy is None or len(known) < 2:
         st.caption("Two finished runs of this model are needed.")
         return

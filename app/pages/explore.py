@@ -17,7 +17,7 @@ from bitpress.app.ui.layer_map import layer_map, selected
 from bitpress.app.ui.live_panel import POLL_SECONDS, told
 from bitpress.app.ui.mask_picture import mask_picture, read_mask
 from bitpress.app.ui.metric_cards import CARD_HEIGHT, cards
-from bitpress.app.ui.notices import error_markdown, guarded, show_error
+from bitpress.app.ui.notices import error_markdown, guarded, tell_notice
 from bitpress.app.ui.overlays import OVERLAYS, Picture, cells_of, legend_of, missing_reason, scale_of, selection_parts
 from bitpress.app.ui.recipe_menu import recipe_menu
 from bitpress.app.ui.run_view import RunView
@@ -56,7 +56,7 @@ def explore() -> None:
     every = POLL_SECONDS if working else None
     part(head, live_session.POLL_SECONDS if asking else every)(anatomy, run, working, asking)
     live_session.toggle(anatomy)
-    settings(anatomy)
+    settings(anatomy, run)
     st.fragment(outcome, run_every=every)(run, working)  # always a fragment: its panes would be built anew, and jump, if it became one
     equivalent(state.session().recipe)
 
@@ -64,13 +64,6 @@ def explore() -> None:
 def part(draw: Callable[..., None], every: float | None) -> Callable[..., None]:
     """A part of the page that redraws itself while a job works, and is plain otherwise."""
     return st.fragment(draw, run_every=every) if every else draw
-
-
-def tell_notice() -> None:
-    """What the last action was refused for; shown until the next one."""
-    notice = state.session().notice
-    if notice is not None:
-        show_error(notice)
 
 
 def pump_sometimes() -> None:
@@ -211,7 +204,7 @@ def overlay_picker() -> str:
     return st.session_state["overlay"] or OVERLAYS[0]
 
 
-def settings(anatomy: Anatomy) -> None:
+def settings(anatomy: Anatomy, run: Run | None) -> None:
     """The controls of the selection, the recipe's own row, and the layer or the lines beside them."""
     with st.container(border=True, key="settings"):
         recipe_menu(anatomy)
@@ -240,16 +233,15 @@ def settings(anatomy: Anatomy) -> None:
             with lines:
                 st.caption("Later lines win. Edit a cell, add a line below, or select lines to delete them.")
                 exceptions_table(anatomy)
-    from_near(anatomy, schemes)
+    from_near(anatomy, schemes, run)
 
 
-def from_near(anatomy: Anatomy, schemes: Mapping[str, Scheme]) -> None:
+def from_near(anatomy: Anatomy, schemes: Mapping[str, Scheme], run: Run | None) -> None:
     """The one layer that is selected, under the settings so that they stay where they are."""
     names = selection_parts(selected(state.MAP), anatomy)["linears"]
     if len(names) == 1:
         with st.container(border=True, key="detail-box"):
             layer_detail(anatomy.model, anatomy.by_name[names[0]], schemes.get(names[0]), key="detail")
-            run = current_run(anatomy)
             record = read_mask(run.path, names[0]) if run is not None else None
             if record is not None:
                 mask_picture(record, key="mask")

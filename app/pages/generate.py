@@ -12,7 +12,7 @@ from bitpress.app.ui import model_picker
 from bitpress.app.ui.commands import show_commands
 from bitpress.app.ui.desk_state import BADGES, engine_of, newest_desk
 from bitpress.app.ui.live_panel import told
-from bitpress.app.ui.notices import guarded, show_error
+from bitpress.app.ui.notices import guarded, show_error, tell_notice
 from bitpress.app.ui.run_names import DENSE, finished_runs
 from bitpress.app.ui.stream_panel import Stream, fold, panes, words
 from bitpress.app.ui.token_diff import token_panes
@@ -36,8 +36,7 @@ LOST = {"what": "The engine stopped while it was writing.", "why": "Its worker p
 
 def generate() -> None:
     """The page."""
-    if state.session().notice is not None:
-        show_error(state.session().notice)
+    tell_notice()
     model = state.session().model
     state.write_link()
     entry = library.find(model)

@@ -8,7 +8,7 @@ import streamlit as st
 from bitpress.app import state
 from bitpress.app.ui.commands import show_commands
 from bitpress.app.ui.live_panel import LOG_LINES, STATE_BADGES, progress_line, told
-from bitpress.app.ui.notices import empty, error_markdown, guarded, plain, show_error
+from bitpress.app.ui.notices import empty, error_markdown, guarded, plain, show_error, tell_notice
 from bitpress.app.ui.numbers import TIMES
 from bitpress.app.ui.run_list import KIND_WORDS, MAIN_KINDS, STATE_WORDS, Filter, Row, progress_of, row_of, rows_of, sentence, table, times_of
 from bitpress.app.ui.run_names import plan_of_run, short_id
@@ -36,8 +36,7 @@ CONFIG = {
 
 def runs() -> None:
     """The page."""
-    if state.session().notice is not None:
-        show_error(state.session().notice)
+    tell_notice()
     jobs.pump()
     queue()
     statuses = Store().list(limit=LISTED)

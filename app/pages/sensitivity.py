@@ -11,7 +11,7 @@ from bitpress.app.ui.commands import show_commands
 from bitpress.app.ui.layer_detail import layer_detail
 from bitpress.app.ui.layer_map import layer_map, select, selected
 from bitpress.app.ui.live_panel import POLL_SECONDS, STATE_BADGES, told
-from bitpress.app.ui.notices import guarded, show_error
+from bitpress.app.ui.notices import guarded, tell_notice
 from bitpress.app.ui.numbers import amount, duration, whole
 from bitpress.app.ui.sensitivity_read import Measured, measured_of, past_rates
 from bitpress.app.ui.theme import HARM
@@ -46,8 +46,7 @@ TABLE_HEIGHT = 330
 
 def sensitivity() -> None:
     """The page."""
-    if state.session().notice is not None:
-        show_error(state.session().notice)
+    tell_notice()
     anatomy = model_picker.ready_anatomy()
     state.write_link()
     if anatomy is None:

@@ -8,7 +8,7 @@ import streamlit as st
 
 from bitpress.app.ui import autotune_view as view
 from bitpress.app.ui import charts
-from bitpress.app.ui.numbers import amount
+from bitpress.app.ui.numbers import amount, counted
 from bitpress.app.ui.theme import ACCENT, DENSE_COLOUR
 from bitpress.engine.allocate import Allocation, Curve
 from bitpress.engine.model.anatomy import Anatomy
@@ -79,9 +79,9 @@ def check_chart(runs: Sequence[view.Measured]) -> None:
     x, y = [run.predicted or 0.0 for run in pairs], [run.kl for run in pairs]
     chart = charts.kept("check", (x, y), lambda: _check_figure(pairs, x, y))
     order = f"rank correlation {amount(rho, 2)}" if rho is not None else "too few runs for a rank correlation"
-    alt = f"Measured against predicted divergence of {len(pairs)} runs, with the diagonal: {order}"
+    alt = f"Measured against predicted divergence of {counted(len(pairs), 'run')}, with the diagonal: {order}"
     rows = {"run": [run.run for run in pairs], "plan": [run.title for run in pairs], "predicted, nat": x, "measured, nat": y}
-    note = f"{len(pairs)} runs on {pairs[0].text}: {order}; {view.error_so_far(pairs)}."
+    note = f"{counted(len(pairs), 'run')} on {pairs[0].text}: {order}; {view.error_so_far(pairs)}."
     charts.show(chart, "check-chart", alt, rows, note=note)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from bitpress.app.ui.layer_map import Cell, Legend, grid
-from bitpress.app.ui.numbers import MINUS, THIN, amount, duration, file_size, signed_percent, whole
+from bitpress.app.ui.numbers import MINUS, THIN, amount, counted, duration, file_size, signed_percent, whole
 from bitpress.engine.allocate import Allocation, Curve, Reason, frontier
 from bitpress.engine.choices import Choices, choices_of
 from bitpress.engine.errors import BitpressError
@@ -174,7 +174,7 @@ def error_so_far(runs: Sequence[Measured]) -> str:
     if not ratios:
         return "no run has checked it yet"
     if len(ratios) < 4:
-        return f"measured was {', '.join(amount(ratio, 2) for ratio in ratios)} times predicted in {len(ratios)} run{'s' * (len(ratios) > 1)}"
+        return f"measured was {', '.join(amount(ratio, 2) for ratio in ratios)} times predicted in {counted(len(ratios), 'run')}"
     low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
     return f"measured was {amount(low, 2)} to {amount(high, 2)} times predicted in half of {len(ratios)} runs"
 

@@ -9,7 +9,7 @@ import streamlit as st
 
 from bitpress.app.ui import charts
 from bitpress.app.ui.compare_view import QUANTITIES, SHORT, Entry, heading, title_of
-from bitpress.app.ui.numbers import amount
+from bitpress.app.ui.numbers import amount, counted
 from bitpress.app.ui.theme import ACCENT, DENSE_COLOUR
 
 BETTER, WORSE = "#1f68bc", "#bf5a05"
@@ -59,14 +59,14 @@ def _points(chart: go.Figure, entries: Sequence[Entry], x: str, y: str, name: st
 def pareto_alt(shown: Sequence[Entry], front: Sequence[Entry], best: Entry | None, x: str, y: str) -> str:
     """The plot in a sentence."""
     at = f"; the knee is {title_of(best)} at {amount(best.figures[x])} and {amount(best.figures[y])}" if best else ""
-    return f"{heading(y)} against {heading(x)} of {len(shown)} runs, {len(front)} of them on the Pareto front{at}"
+    return f"{heading(y)} against {heading(x)} of {counted(len(shown), 'run')}, {len(front)} of them on the Pareto front{at}"
 
 
 def pareto_note(front: Sequence[Entry], best: Entry | None, x: str, y: str) -> str:
     """What to make of it."""
     better = [f"{'less' if QUANTITIES[name].less else 'more'} {QUANTITIES[name].title.lower()}" for name in (x, y)]
     knee = f" Knee (farthest from the line between the ends): **{title_of(best)}**." if best else " Too few points on the front for a knee."
-    return f"{len(front)} runs on the front; better is {' and '.join(better)}.{knee}"
+    return f"{counted(len(front), 'run')} on the front; better is {' and '.join(better)}.{knee}"
 
 
 def pareto_twin(placed: Sequence[Entry], front: Sequence[Entry], best: Entry | None, x: str, y: str) -> None:

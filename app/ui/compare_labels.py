@@ -7,11 +7,13 @@ import streamlit as st
 
 from bitpress.app import state
 from bitpress.app.ui.compare_view import Entry, title_of
+from bitpress.app.ui.numbers import counted
 from bitpress.engine.errors import BitpressError
 from bitpress.engine.runs import labels
 from bitpress.engine.runs.store import Store
 
 DELETED = "compare-deleted"
+EMPTIED = "compare-emptied"
 
 
 def label_box(entries: Sequence[Entry]) -> None:
@@ -69,11 +71,18 @@ def _delete(ids: Sequence[str]) -> None:
     st.session_state.pop("compare-table", None)
 
 
+def empty_old_bin() -> None:
+    """Once a visit: what was deleted a week ago goes for good, as the offer to undo says."""
+    if not st.session_state.get(EMPTIED):
+        st.session_state[EMPTIED] = True
+        labels.empty_bin()
+
+
 def undo_deletion() -> None:
     """The offer to take the last deletion back."""
     if ids := st.session_state.get(DELETED):
         with st.container(horizontal=True, vertical_alignment="center"):
-            st.markdown(f":material/delete: {len(ids)} run{'s' * (len(ids) > 1)} deleted; gone for good after a week.", width="content")
+            st.markdown(f":material/delete: {counted(len(ids), 'run')} deleted; gone for good after a week.", width="content")
             st.button("Undo", key="undo-delete", icon=":material/undo:", type="tertiary", on_click=_undo, args=(ids,))
 
 

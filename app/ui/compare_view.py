@@ -63,13 +63,12 @@ class Entry:
 
 
 def entries_of(statuses: Iterable[Status]) -> list[Entry]:
-    """Finished compress runs that were measured, the newest first."""
+    """Finished compress runs that were measured and not deleted, the newest first."""
     folder = Store().folder
     found = []
     for status in statuses:
-        facts = _facts(str(folder), status.id)
-        if facts is not None:
-            labels = read_labels(folder / status.id)
+        facts, labels = _facts(str(folder), status.id), read_labels(folder / status.id)
+        if facts is not None and labels.deleted is None:
             found.append(Entry(status.id, plan_of_run(status), status.model or "", status.created, facts[0], facts[1], labels))
     return found
 
@@ -154,14 +153,14 @@ def heading(name: str) -> str:
 # The Pareto front --------------------------------------------------------------------------------------------------
 
 
-def placed(entries: Sequence[Entry], x: str, y: str) -> list[Entry]:
-    """The entries that have both figures, of the commonest protocol where a quality is among them: two protocols never share an axis."""
+def placed(entries: Sequence[Entry], x: str, y: str, protocol: str | None = None) -> list[Entry]:
+    """The entries that have both figures; where a quality is among them, of one protocol (None: the commonest), as two never share an axis."""
     both = [entry for entry in entries if entry.get(x) is not None and entry.get(y) is not None]
     if not {x, y} & set(PROTOCOL_BOUND):
         return both
     protocols = [entry.protocol for entry in both]
-    common = max(dict.fromkeys(protocols), key=protocols.count, default="")
-    return [entry for entry in both if entry.protocol == common]
+    wanted = protocol if protocol is not None else max(dict.fromkeys(protocols), key=protocols.count, default="")
+    return [entry for entry in both if entry.protocol == wanted]
 
 
 def goodness(entry: Entry, name: str) -> float:
@@ -239,12 +238,12 @@ def line_of(entry: Entry) -> str:
 
 
 def sieved(entries: Sequence[Entry], words: str, tags: Sequence[str], starred: bool, archived: bool) -> list[Entry]:
-    """Those that hold every word and tag; deleted ones never, archived ones where asked for, starred ones first."""
+    """Those that hold every word and tag; archived ones where asked for, starred ones first."""
 
     def holds(entry: Entry) -> bool:
         labels = entry.labels
         text = f"{entry.title} {entry.id} {labels.note} {' '.join(labels.tags)}".lower()
-        seen = labels.deleted is None and (archived or not labels.archived) and (labels.star or not starred)
+        seen = (archived or not labels.archived) and (labels.star or not starred)
         return seen and set(tags) <= set(labels.tags) and all(word in text for word in words.lower().split())
 
     return sorted(filter(holds, entries), key=lambda entry: not entry.labels.star)

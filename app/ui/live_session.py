@@ -21,7 +21,7 @@ from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.predict import predicted_kl
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.runs.desk import Desk, open_desk
-from bitpress.engine.runs.events import ORDER_ENDS
+from bitpress.engine.runs.events import ORDER_ENDS, last_number
 from bitpress.engine.runs.store import Run, Store
 from bitpress.engine.sensitivity_file import FISHER
 
@@ -90,7 +90,7 @@ def _ask(recipe: Recipe) -> Asked:
     session = st.session_state.setdefault(_SESSION, uuid.uuid4().hex)
     digest = state.keep_recipe(recipe)
     desk = open_desk(recipe.model, session=session)
-    seen = max((event.n for event in desk.events()), default=0)
+    seen = last_number(desk.path / "events.jsonl")
     asked = st.session_state[_KEY] = Asked(digest, desk.id, desk.order("scheme", {"recipe": digest}), seen)
     return asked
 

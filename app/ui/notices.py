@@ -1,4 +1,4 @@
-"""How trouble and emptiness look: what, why, remedy; never a traceback. Knows errors, no page."""
+"""How trouble and emptiness look: what, why, remedy; never a traceback. Knows errors and the tab's last refusal, no page."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import streamlit as st
 from streamlit.runtime.pages_manager import PagesManager
 
+from bitpress.app import state
 from bitpress.engine.errors import BitpressError, InputError
 
 logger = logging.getLogger("bitpress.app")
@@ -25,6 +26,12 @@ def plain(text: str) -> str:
 def show_error(error: BitpressError) -> None:
     """A refusal or failure in its three parts."""
     st.error(error_markdown(error.what, error.why, error.remedy), icon=":material/error:")
+
+
+def tell_notice() -> None:
+    """What the last action in this tab was refused for; shown until the next one."""
+    if (notice := state.session().notice) is not None:
+        show_error(notice)
 
 
 def refusing(key: str, action: Callable[[], None]) -> Callable[[], None]:

@@ -31,6 +31,11 @@ def whole(value: int) -> str:
     return f"{value:,}".replace(",", THIN)
 
 
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: 1 run, 2 runs."""
+    return f"{whole(count)} {noun}{'s' * (count != 1)}"
+
+
 def short_count(value: int) -> str:
     """A count of parameters in the field's short form: 2.94 M, 135 M, 1.24 B."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

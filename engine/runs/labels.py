@@ -33,11 +33,6 @@ class Labels:
     deleted: float | None = None
     v: int = VERSION
 
-    @property
-    def hidden(self) -> bool:
-        """Out of sight unless asked for."""
-        return self.archived or self.deleted is not None
-
 
 KNOWN = {item.name for item in fields(Labels)}
 

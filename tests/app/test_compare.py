@@ -61,6 +61,7 @@ def test_constraints_and_protocols_leave_runs_out() -> None:
     assert [run.id for run in view.allowed(runs, {"size": (2, 4)})] == ["b", "c", "d"]
     assert [run.id for run in view.allowed(runs, {"speed": (0, 100)})] == ["d"], "a figure that is missing is not within"
     assert [run.id for run in view.placed(runs, "size", "perplexity")] == ["a", "b", "d"], "two protocols never share an axis"
+    assert [run.id for run in view.placed(runs, "size", "perplexity", "stories")] == ["c"], "a reference keeps to the protocol of what it stands beside"
     assert view.span(runs, "size") == (1.0, 4.0)
     assert view.span(runs[:1], "size") is None
 
@@ -74,7 +75,7 @@ def test_a_difference_of_quality_needs_the_same_text() -> None:
 
 
 def test_what_is_looked_for_is_found_and_what_is_hidden_is_not() -> None:
-    runs = [entry("a", 1, 1, tags=("demo",)), entry("b", 1, 1, star=True, note="the good one"), entry("c", 1, 1, archived=True), entry("d", 1, 1, deleted=1.0)]
+    runs = [entry("a", 1, 1, tags=("demo",)), entry("b", 1, 1, star=True, note="the good one"), entry("c", 1, 1, archived=True)]
     ids = lambda *asked: [run.id for run in view.sieved(runs, *asked)]  # noqa: E731
     assert ids("", (), False, False) == ["b", "a"]
     assert ids("", (), False, True) == ["b", "a", "c"]
@@ -89,10 +90,10 @@ def test_labels_are_kept_in_the_folder_and_a_deletion_can_be_taken_back(make_run
     labels.change_labels(run.path, star=True, tags=["a ", "a", "", "b"], note="hello")
     assert labels.read_labels(run.path) == Labels(star=True, tags=("a", "b"), note="hello")
     labels.delete(run.path)
-    assert labels.read_labels(run.path).hidden
+    assert labels.read_labels(run.path).deleted
     assert labels.empty_bin() == []
     labels.restore(run.path)
-    assert not labels.read_labels(run.path).hidden
+    assert labels.read_labels(run.path).deleted is None
     labels.change_labels(run.path, deleted=time.time() - 8 * 86400)
     assert labels.empty_bin() == [run.id]
     assert not run.path.exists()
@@ -180,6 +181,14 @@ def test_a_run_is_labelled_deleted_and_brought_back(open_page: Callable[..., App
     app.button(key="undo-delete").click().run()
     assert not app.exception
     assert three[0].id in list(app.dataframe[0].value["run"])
+
+
+def test_what_was_deleted_a_week_ago_is_gone_once_the_page_is_opened(open_page: Callable[..., AppTest], three: list[Run]) -> None:
+    labels.change_labels(three[0].path, deleted=time.time() - labels.BIN_SECONDS - 1)
+    labels.change_labels(three[1].path, deleted=time.time())
+    app = open_page()
+    assert [run.path.exists() for run in three] == [False, True, True]
+    assert "1 run. " in said(app), "the one that is not deleted"
 
 
 def test_the_knee_opens_its_recipe(open_page: Callable[..., AppTest], make_run: Callable[..., Run], preset_recipe: Callable[[str], Recipe]) -> None:
