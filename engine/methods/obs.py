@@ -1,10 +1,11 @@
 """Second-order sweep over the columns of a matrix: what is lost in one column is made up for in those not yet visited.
 
 Optimal brain surgeon with a fixed order of columns, as SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774, section 3) and
-GPTQ use it. Knows matrices only. Shapes: N outputs, K inputs, S inputs decided at once.
+GPTQ use it. Knows matrices only. Shapes: N outputs, K inputs, S inputs decided at once, B inputs of a block. The sweep works
+on the transpose, [K, N], where the weights of one input lie together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ BLOCK = 128  # columns whose updates are gathered before they reach the rest
 LEAST_DAMPING, MOST_DAMPING = 1e-4, 1.0  # of the mean curvature; between them the damping grows tenfold until H can be factorised
 
 Choose = Callable[[Tensor, Tensor, int], Tensor]  # (weight_NS as updated so far, diagonal_S of the factor, first column) -> keep_NS
-Round = Callable[[Tensor, int], Tensor]  # (weight_NK as updated so far, column) -> the rounded column [N]
+Round = Callable[[Tensor, int], Tensor]  # (weight_KN as updated so far, column) -> what the column becomes [N]
 
 
 class InverseFactor(NamedTuple):
@@ -69,35 +70,46 @@ def _factor(hessian_KK: Tensor, damp: float) -> Tensor | None:
     return upper_KK if bool(upper_KK.sum().isfinite()) else None
 
 
-def sweep(weight_NK: Tensor, factor_KK: Tensor, choose: Choose, span: int = BLOCK, rounding: Round | None = None, block: int = BLOCK) -> Tensor:
+def keeping(keep_NK: Tensor) -> Choose:
+    """The choice of weights that was made before the sweep."""
+    return lambda weight_NS, _, at: keep_NK[:, at : at + weight_NS.shape[1]]
+
+
+def sweep(weight_NK: Tensor, factor_KK: Tensor, choose: Choose | None = None, span: int = BLOCK, rounding: Round | None = None, group_size: int = 0) -> Tensor:
     """The matrix after one pass from the first column to the last; weight_NK is not changed.
 
-    choose: decides for `span` columns at a time which weights stay; span divides block. rounding: what a kept weight becomes;
-    None leaves it as it is.
+    choose: decides for `span` columns at a time which weights stay; None keeps all. span divides every block but the last.
+    rounding: what a kept weight becomes; None leaves it as it is. group_size: columns that are rounded to one grid, 0 for all.
     """
-    made_NK = weight_NK.clone()
-    width = made_NK.shape[1]
-    for start in range(0, width, block):
-        stop = min(start + block, width)
-        errors_NB = _sweep_block(made_NK, factor_KK, choose, span, rounding, range(start, stop))
-        made_NK[:, stop:] -= errors_NB @ factor_KK[start:stop, stop:]
-    return made_NK
+    made_KN = weight_NK.t().clone(memory_format=torch.contiguous_format)
+    for start, stop in blocks(len(made_KN), group_size):
+        errors_BN = _sweep_block(made_KN, factor_KK, choose, span, rounding, range(start, stop))
+        made_KN[stop:].addmm_(factor_KK[start:stop, stop:].t(), errors_BN, alpha=-1)
+    return made_KN.t().contiguous()
 
 
-def _sweep_block(made_NK: Tensor, factor_KK: Tensor, choose: Choose, span: int, rounding: Round | None, columns: range) -> Tensor:
-    """Sweep these columns in place; returns their errors over the factor's diagonal, [N, B]."""
+def blocks(width: int, group_size: int) -> Iterator[tuple[int, int]]:
+    """Runs of at most `BLOCK` columns, as (start, stop): whole groups, or parts of one; so a group starts on corrected weights."""
+    size = group_size or width
+    span = size * (BLOCK // size) if size <= BLOCK else size
+    for first in range(0, width, span):
+        end = min(first + span, width)
+        yield from ((start, min(start + BLOCK, end)) for start in range(first, end, BLOCK))
+
+
+def _sweep_block(made_KN: Tensor, factor_KK: Tensor, choose: Choose | None, span: int, rounding: Round | None, columns: range) -> Tensor:
+    """Sweep these columns in place; returns their errors over the factor's diagonal, [B, N]."""
     start, stop = columns.start, columns.stop
-    errors_NB = torch.empty_like(made_NK[:, start:stop])
-    diagonal_K = factor_KK.diagonal()
-    keep_NS = torch.empty(0)
-    for at in columns:
-        if (at - start) % span == 0:
-            end = min(at + span, stop)
-            keep_NS = choose(made_NK[:, at:end], diagonal_K[at:end], at)
-        kept_N = rounding(made_NK, at) if rounding else made_NK[:, at]
-        column_N = torch.where(keep_NS[:, (at - start) % span], kept_N, 0.0)
-        error_N = (made_NK[:, at] - column_N) / diagonal_K[at]
-        made_NK[:, at] = column_N
-        made_NK[:, at + 1 : stop] -= error_N[:, None] * factor_KK[at, at + 1 : stop]
-        errors_NB[:, at - start] = error_N
-    return errors_NB
+    block_BN, upper_BB = made_KN[start:stop], factor_KK[start:stop, start:stop]
+    errors_BN, diagonal_B = torch.empty_like(block_BN), upper_BB.diagonal()
+    keep_SN = torch.empty(0)
+    for at in range(stop - start):
+        made_N = rounding(made_KN, start + at) if rounding else block_BN[at]
+        if choose:
+            if at % span == 0:
+                keep_SN = choose(block_BN[at : at + span].t(), diagonal_B[at : at + span], start + at).t().contiguous()
+            made_N = torch.where(keep_SN[at % span], made_N, 0.0)
+        error_N = errors_BN[at].copy_(block_BN[at]).sub_(made_N).div_(diagonal_B[at])
+        block_BN[at] = made_N
+        block_BN[at + 1 :].addr_(upper_BB[at, at + 1 :], error_N, alpha=-1)
+    return errors_BN

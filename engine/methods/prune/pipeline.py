@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import Family, LinearMethod, MethodOptions, Outcome, Statistics
-from bitpress.engine.methods.obs import BLOCK, inverse_factor, sweep
+from bitpress.engine.methods.obs import inverse_factor, keeping, sweep
 from bitpress.engine.recipe import PATTERNS, Scheme, SparsityScheme
 
 Scope = Literal["layer", "row"]
@@ -71,7 +71,7 @@ def repair_by(name: Repairing, stats: Statistics, damp: float = 0.01) -> Repair 
     if name == "least_squares":
         return lambda weight_NK, keep_NK: least_squares(weight_NK, keep_NK, stats["gram"])
     factor_KK = inverse_factor(stats["gram"], damp)
-    return lambda weight_NK, keep_NK: sweep(weight_NK, factor_KK, lambda w_NS, _, at: keep_NK[:, at : at + w_NS.shape[1]])
+    return lambda weight_NK, keep_NK: sweep(weight_NK, factor_KK, keeping(keep_NK))
 
 
 def least_squares(weight_NK: Tensor, keep_NK: Tensor, gram_KK: Tensor) -> Tensor:
@@ -138,8 +138,3 @@ class ScoredMethod(LinearMethod):
             keep_NK = select(score_NK, scheme.sparsity, options.scope, share)
             weight_NK = _removed(weight_NK, keep_NK, repair)
         return Outcome(weight_NK)
-
-
-def block_for(group_size: int) -> int:
-    """Columns of a sweep's block such that groups of this size never cross its end."""
-    return group_size * max(1, BLOCK // group_size) if group_size else BLOCK

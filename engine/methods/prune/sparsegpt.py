@@ -8,9 +8,9 @@ from torch import Tensor
 
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import Outcome, Statistics
-from bitpress.engine.methods.obs import BLOCK, Choose, inverse_factor, sweep
-from bitpress.engine.methods.prune.pipeline import PruneOptions, Repairing, ScoredMethod, block_for, select
-from bitpress.engine.methods.quantize.pipeline import SCALE_DTYPE, Codes, Grid, decode, encode, group_range, make_grid
+from bitpress.engine.methods.obs import BLOCK, Choose, inverse_factor, keeping, sweep
+from bitpress.engine.methods.prune.pipeline import PruneOptions, Repairing, ScoredMethod, select
+from bitpress.engine.methods.quantize.gptq import Grids
 from bitpress.engine.recipe import BITS, PATTERNS, Scheme, SparsityScheme, WeightScheme
 
 
@@ -48,7 +48,10 @@ class SparseGPT(ScoredMethod):
         """Prune one matrix, and round it where the scheme still asks for that."""
         if options.repair != "obs" or scheme.sparsity is None:
             outcome = super().apply(weight_NK, scheme, stats, options)
-            return outcome if scheme.weights is None else _round_kept(outcome.weight_NK, scheme.weights, inverse_factor(stats["gram"], options.damp))
+            if scheme.weights is None:
+                return outcome
+            factor_KK, kept_NK = inverse_factor(stats["gram"], options.damp), outcome.weight_NK != 0
+            return _swept_to_codes(outcome.weight_NK, factor_KK, keeping(kept_NK), BLOCK, scheme.weights)
         factor_KK = inverse_factor(stats["gram"], options.damp)
         weight_NK = torch.where(stats["gram"].diagonal() > 0, weight_NK, 0.0)
         choose, span = _chooser(scheme.sparsity)
@@ -66,36 +69,8 @@ def _chooser(sparsity: SparsityScheme) -> tuple[Choose, int]:
     return choose, sparsity.of_every[1] if sparsity.of_every else BLOCK
 
 
-def _round_kept(weight_NK: Tensor, scheme: WeightScheme, factor_KK: Tensor) -> Outcome:
-    keep_NK = weight_NK != 0
-    return _swept_to_codes(weight_NK, factor_KK, lambda weight_NS, _, at: keep_NK[:, at : at + weight_NS.shape[1]], BLOCK, scheme)
-
-
 def _swept_to_codes(weight_NK: Tensor, factor_KK: Tensor, choose: Choose, span: int, scheme: WeightScheme) -> Outcome:
     """One sweep that prunes and rounds: the grid of a group is made of its weights as they are when the sweep reaches it."""
-    block = block_for(scheme.group_size)
-    rounding = _Rounding(weight_NK, scheme)
-    made_NK = sweep(weight_NK, factor_KK, choose, span if span < BLOCK else block, rounding, block)
-    return Outcome(made_NK, rounding.codes(made_NK))
-
-
-class _Rounding:
-    """Rounds columns to the grids of their groups. A zero is a level of every grid, so pruned weights keep their place."""
-
-    def __init__(self, weight_NK: Tensor, scheme: WeightScheme) -> None:
-        self.scheme, self.group = scheme, scheme.group_size or weight_NK.shape[1]
-        self.grids: list[Grid] = []
-
-    def __call__(self, weight_NK: Tensor, at: int) -> Tensor:
-        """The column at `at` on its grid, [N]."""
-        if at % self.group == 0:
-            self.grids.append(make_grid(*group_range(weight_NK[:, at : at + self.group]), self.scheme))
-        return decode(encode(weight_NK[:, at : at + 1], self.grids[-1]), self.grids[-1])[:, 0]
-
-    def codes(self, made_NK: Tensor) -> Codes:
-        """What is stored, of a matrix whose every weight is a level of its grid."""
-        parts = made_NK.split(self.group, dim=1)
-        codes_NK = torch.cat([encode(part, grid) for part, grid in zip(parts, self.grids, strict=True)], dim=1).to(torch.uint8)
-        scales_NG = torch.cat([grid.scale for grid in self.grids], dim=1).to(SCALE_DTYPE)
-        zeros_NG = torch.cat([grid.zero for grid in self.grids], dim=1).to(torch.uint8)
-        return Codes(codes_NK, scales_NG, None if self.scheme.symmetric else zeros_NG)
+    grids = Grids(scheme, None, factor_KK.diagonal())
+    made_NK = sweep(weight_NK, factor_KK, choose, span, lambda weight_KN, at: grids.rounded(weight_KN, at, at), scheme.group_size)
+    return Outcome(made_NK, grids.codes(made_NK))

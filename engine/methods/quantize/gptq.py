@@ -1,10 +1,7 @@
 """GPTQ: weights are rounded input by input, and those not yet rounded make up for the error (METHODS 15.2).
 
-Shapes: N outputs, K inputs, G groups a row, B inputs of a block. The work is done on the transpose, [K, N], where the
-weights of one input lie together.
+Shapes: N outputs, K inputs, G groups a row, g inputs a group.
 """
-
-from collections.abc import Iterator
 
 import torch
 from pydantic import Field
@@ -12,7 +9,7 @@ from torch import Tensor
 
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import LinearMethod, MethodOptions, Outcome, Statistics
-from bitpress.engine.methods.obs import factorise
+from bitpress.engine.methods.obs import factorise, keeping, sweep
 from bitpress.engine.methods.quantize.pipeline import (
     SCALE_DTYPE,
     ClipSearch,
@@ -27,8 +24,6 @@ from bitpress.engine.methods.quantize.pipeline import (
     to_groups,
 )  # fmt: skip
 from bitpress.engine.recipe import BITS, Scheme, WeightScheme
-
-BLOCK = 128  # inputs whose errors are kept together before the rest of the matrix is corrected in one product
 
 
 class GptqOptions(MethodOptions):
@@ -119,6 +114,19 @@ class Grids:
         for group in range(grid.scale.shape[1]):
             self.by_group[group] = Grid(grid.scale[:, group, 0].contiguous(), grid.zero[:, group, 0].contiguous(), self.top)
 
+    def rounded(self, weight_KN: Tensor, at: int, index: int) -> Tensor:
+        """Row `at`, which holds the weights of input `index`, on its grid: [N]."""
+        grid = self.of(index, weight_KN)
+        return decode(encode(weight_KN[at], grid), grid)
+
+    def codes(self, made_NK: Tensor) -> Codes:
+        """What is stored, of a matrix whose every weight is a level of its grid."""
+        made = [self.by_group[group] for group in sorted(self.by_group)]
+        scale_NG1, zero_NG1 = (torch.stack(column, dim=1).unsqueeze(-1) for column in zip(*((grid.scale, grid.zero) for grid in made), strict=True))
+        codes_NK = encode(to_groups(made_NK, self.scheme.group_size), Grid(scale_NG1, zero_NG1, self.top)).to(torch.uint8).flatten(1)[:, : made_NK.shape[1]]
+        zeros_NG = None if self.scheme.symmetric else zero_NG1.squeeze(-1).to(torch.uint8)
+        return Codes(codes_NK.contiguous(), scale_NG1.squeeze(-1).to(SCALE_DTYPE), zeros_NG)
+
     def of(self, index: int, weight_KN: Tensor) -> Grid:
         """The grid of input `index`; a group without one gets it from the weights as they are now."""
         group = index // self.size
@@ -140,37 +148,8 @@ def round_in_order(weight_NK: Tensor, order_K: Tensor, upper_KK: Tensor, grids: 
     in their own order, since a group's grid is made when its first input is reached. keep_NK: weights that may differ
     from zero; None for all.
     """
-    weight_KN = weight_NK.t()[order_K].contiguous()
-    keep_KN = None if keep_NK is None else keep_NK.t()[order_K]
-    codes_KN = torch.empty(weight_KN.shape, dtype=torch.uint8)
     order = order_K.tolist()
-    for start, stop in blocks(len(order), grids.size):
-        block_BN, upper_BK = weight_KN[start:stop], upper_KK[start:stop]
-        errors_BN = torch.empty_like(block_BN)
-        for row in range(stop - start):
-            grid = grids.of(order[start + row], weight_KN)
-            code_N = encode(block_BN[row], grid)
-            if keep_KN is not None:
-                code_N = torch.where(keep_KN[start + row], code_N, grid.zero)
-            codes_KN[start + row] = code_N
-            error_N = errors_BN[row].copy_(block_BN[row]).sub_(decode(code_N, grid)).div_(upper_BK[row, start + row])
-            block_BN[row + 1 :].addr_(upper_BK[row, start + row + 1 : stop], error_N, alpha=-1)
-        weight_KN[stop:].addmm_(upper_BK[:, stop:].t(), errors_BN, alpha=-1)
-    codes_NK = torch.empty(weight_NK.shape, dtype=torch.uint8)
-    codes_NK[:, order_K] = codes_KN.t()
-    return _codes(codes_NK, grids)
-
-
-def blocks(width: int, group_size: int) -> Iterator[tuple[int, int]]:
-    """Runs of at most `BLOCK` inputs, as (start, stop): whole groups, or parts of one; so a group starts on corrected weights."""
-    span = group_size * (BLOCK // group_size) if group_size <= BLOCK else group_size
-    for first in range(0, width, span):
-        end = min(first + span, width)
-        yield from ((start, min(start + BLOCK, end)) for start in range(first, end, BLOCK))
-
-
-def _codes(codes_NK: Tensor, grids: Grids) -> Codes:
-    made = [grids.by_group[group] for group in sorted(grids.by_group)]
-    scales_NG = torch.stack([grid.scale for grid in made], dim=1).to(SCALE_DTYPE)
-    zeros_NG = None if grids.scheme.symmetric else torch.stack([grid.zero for grid in made], dim=1).to(torch.uint8)
-    return Codes(codes_NK, scales_NG, zeros_NG)
+    choose = None if keep_NK is None else keeping(keep_NK[:, order_K])
+    made_NK = torch.empty_like(weight_NK)
+    made_NK[:, order_K] = sweep(weight_NK[:, order_K], upper_KK, choose, rounding=lambda w_KN, at: grids.rounded(w_KN, at, order[at]), group_size=grids.size)
+    return grids.codes(made_NK)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitpress.engine.methods.base import Statistics
-from bitpress.engine.methods.obs import BLOCK, factorise, sweep
+from bitpress.engine.methods.obs import factorise, keeping, sweep
 from bitpress.engine.methods.quantize.binary import shares_of, signs
 from bitpress.engine.methods.quantize.pipeline import ClipSearch, Grid, search_grid, to_groups
 from bitpress.engine.recipe import WeightScheme
@@ -33,17 +33,17 @@ def compensated(weight_NK: Tensor, group_size: int, levels_NGL: Tensor, stats: S
     """
     if "gram" not in stats:
         return weight_NK
-    seen_NK, size = torch.zeros_like(weight_NK), group_size or weight_NK.shape[1]
-    free_NK = weight_NK != 0 if has_zero else torch.ones_like(weight_NK, dtype=torch.bool)
+    seen_KN, size = torch.zeros_like(weight_NK.t(), memory_format=torch.contiguous_format), group_size or weight_NK.shape[1]
+    free_NK = weight_NK != 0 if has_zero else None
 
-    def round_column(made_NK: Tensor, column: int) -> Tensor:
-        levels_NL, seen_N = levels_NGL[:, column // size], made_NK[:, column]
-        seen_NK[:, column] = torch.where(free_NK[:, column], seen_N, 0.0)
+    def round_column(made_KN: Tensor, column: int) -> Tensor:
+        levels_NL, seen_N = levels_NGL[:, column // size], made_KN[column]
+        seen_KN[column] = seen_N if free_NK is None else torch.where(free_NK[:, column], seen_N, 0.0)
         return levels_NL.gather(1, (levels_NL - seen_N[:, None]).abs_().argmin(dim=1, keepdim=True))[:, 0]
 
-    factor_KK = factorise(stats["gram"], DAMPING).upper_KK
-    sweep(weight_NK, factor_KK, lambda made_NS, _, at: free_NK[:, at : at + made_NS.shape[1]], BLOCK, round_column)
-    return seen_NK
+    choose = None if free_NK is None else keeping(free_NK)
+    sweep(weight_NK, factorise(stats["gram"], DAMPING).upper_KK, choose, rounding=round_column)
+    return seen_KN.t().contiguous()
 
 
 def uniform_levels(grid: Grid, rows: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bitpress.engine.calibration_set import CalibrationSet
 from bitpress.engine.compress import compress
 from bitpress.engine.errors import InputError
-from bitpress.engine.methods import registry
+from bitpress.engine.methods import obs, registry
 from bitpress.engine.methods.obs import inverse_factor
 from bitpress.engine.methods.quantize import gptq
 from bitpress.engine.methods.quantize.gptq import Grids, round_in_order
@@ -77,7 +77,7 @@ def plain_loop(weight_NK: Tensor, gram_KK: Tensor, scheme: WeightScheme, damping
 @pytest.mark.parametrize("group_size", [0, 8, 24])
 @pytest.mark.parametrize("bits", BITS)
 def test_it_is_the_plain_loop(bits: int, group_size: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptq, "BLOCK", block)
+    monkeypatch.setattr(obs, "BLOCK", block)
     scheme = WeightScheme(bits=bits, group_size=group_size)
     weights, gram = matrix_and_gram(bits)
     made, expected = quantised(weights, gram, scheme, **PLAIN, damping=0.01).weight_NK, plain_loop(weights, gram, scheme, 0.01)
@@ -163,7 +163,7 @@ def test_moments_that_no_damping_mends_are_refused() -> None:
 
 @pytest.mark.parametrize(("width", "group"), [(576, 64), (576, 96), (1536, 1536), (1536, 192), (200, 200), (50, 24)])
 def test_blocks_cover_all_inputs_and_a_group_starts_a_block_or_ends_inside(width: int, group: int) -> None:
-    runs = list(gptq.blocks(width, group))
+    runs = list(obs.blocks(width, group))
     assert [index for start, stop in runs for index in range(start, stop)] == list(range(width))
     for start in range(0, width, group):
         first = next(run for run in runs if run[0] <= start < run[1])
