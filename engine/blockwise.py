@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from bitpress.engine.calibrate import Stream, computing_in
-from bitpress.engine.errors import Cancelled, InputError
+from bitpress.engine.calibration_set import left_to_train
+from bitpress.engine.errors import Cancelled
 from bitpress.engine.methods.base import BlockOptions, LearnedWeight
 from bitpress.engine.model import surgery
 from bitpress.engine.model.anatomy import Anatomy
-from bitpress.kernels.packed import PackedLinear
-from bitpress.kernels.reference import dequantize
 
 EVALUATIONS = 8  # of the held-out sequences, spread over the steps, beside the one of the start
 TOKENS = 2048  # that run through a block at once where no gradient is needed
@@ -94,7 +93,6 @@ class Reconstruction:
         weights: by place in the model. Best is least error on the held-out sequences, on compressed inputs, the start
         included. Says `block_loss` as the error falls. Raises InputError when too few sequences would be left to train on.
         """
-        _check(len(self.ids_SL), options)
         trained = self._trained_block(compressed, weights)
         return _Training(self, trained, list(weights.values()), options).run()
 
@@ -106,8 +104,7 @@ class Reconstruction:
             if weight := weights.get(f"{prefix}.{name}"):
                 learned[name] = LearnedLinear(weight, _bias_of(module))
                 surgery.replace(block, name, nn.Identity())
-            elif isinstance(module, PackedLinear):
-                surgery.replace(block, name, _dense_stand_in(module))
+        surgery.unpack(block)
         block = copy.deepcopy(block).float().requires_grad_(False)  # a copy: what is stored keeps its type
         for name, linear in learned.items():
             surgery.replace(block, name, linear)
@@ -118,26 +115,12 @@ def _bias_of(module: nn.Module) -> Tensor | None:
     return module.bias.detach().float() if isinstance(module.bias, Tensor) else None
 
 
-def _dense_stand_in(module: PackedLinear) -> nn.Module:
-    rows, columns = module.packed.shape
-    linear = nn.utils.skip_init(nn.Linear, columns, rows, bias=False)
-    linear.weight = nn.Parameter(dequantize(module.packed), requires_grad=False)
-    linear.bias = None if (bias := _bias_of(module)) is None else nn.Parameter(bias, requires_grad=False)
-    return linear
-
-
-def _check(sequences: int, options: BlockOptions) -> None:
-    if sequences <= options.held_out:
-        why = f"There are {sequences} calibration sequences, and {options.held_out} of them are held out."
-        raise InputError("There is no text left to train on.", why, "Ask for more calibration sequences, or hold out fewer.")
-
-
 class _Training:
     """The steps of one block."""
 
     def __init__(self, run: Reconstruction, block: nn.Module, weights: list[LearnedWeight], options: BlockOptions) -> None:
         self.run_, self.block, self.weights, self.options = run, block, weights, options
-        self.kept = len(run.ids_SL) - options.held_out
+        self.kept = left_to_train(len(run.ids_SL), options.held_out)
         self.draw = torch.Generator().manual_seed(run.seed * 100_003 + run.block)
         groups = [{**group, "peak": group["lr"]} for weight in weights for group in weight.rates()]
         self.optimiser = torch.optim.Adam(groups, fused=True)
@@ -208,4 +191,3 @@ class _Training:
         """Say how far the block is."""
         told = {"block": self.run_.block, "step": step, "steps": self.options.steps, "held_out": error, "start": trial.start, "best": trial.best}
         self.run_.emit("block_loss", told if loss is None else {**told, "loss": loss})
-

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ class LayerStore:
             return None
         record, tensors = read_tensors(path)
         if changed := made_from.first_change(record["made_from"]):
-            raise _mismatch(layer, changed)
+            raise mismatch(layer, changed)
         layout, shape, bias_N = layout_from_dict(record["layout"]), tuple(record["shape"]), tensors.pop(BIAS, None)
         content = tensors[DENSE] if isinstance(layout, DenseLayout) else PackedTensor(layout, shape, tensors)
         return StoredLayer(layer, content, record["method"], record["error"], bias_N)
@@ -106,7 +106,7 @@ class LayerStore:
     def check(self, layers: Iterable[str]) -> None:
         """Raises BitpressError when a file here is of a layer that the recipe does not change: the run was of another recipe."""
         if strangers := sorted(set(self.names()) - set(layers)):
-            raise _mismatch(strangers[0], "recipe")
+            raise mismatch(strangers[0], "recipe")
 
 
 class ShapeStore:
@@ -126,7 +126,7 @@ class ShapeStore:
             return None
         record, tensors = read_tensors(self.path)
         if changed := made_from.first_change(record["made_from"]):
-            raise _mismatch("shape", changed)
+            raise mismatch("shape", changed)
         return record["chosen"], tensors
 
 
@@ -166,8 +166,11 @@ def digest_of_tensors(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(record, tensors) of a file that `write_tensors` wrote. Raises BitpressError when it is damaged or of another version."""
+def read_tensors(path: Path, digest: Callable[[dict[str, Tensor]], str] = digest_of_tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(record, tensors) of a file that `write_tensors` wrote. Raises BitpressError when it is damaged or of another version.
+
+    digest: what the record's `sha256` was made by.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {})["bitpress"])
@@ -176,7 +179,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise _damaged(path, f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]) from error
     if record.get("v") != LAYER_VERSION:
         raise _damaged(path, f"Its version is {record.get('v')}; this Bitpress reads {LAYER_VERSION}.")
-    if record["sha256"] != digest_of_tensors(tensors):
+    if record["sha256"] != digest(tensors):
         raise _damaged(path, "Its bytes are not those that were written.")
     return record, tensors
 
@@ -205,7 +208,8 @@ def _cannot_write(path: Path, needed: int, error: OSError) -> BitpressError:
     return BitpressError("The disk is full.", why, "Free some space, then resume the run; the layers finished so far are kept.")
 
 
-def _mismatch(layer: str, changed: str) -> BitpressError:
+def mismatch(layer: str, changed: str) -> BitpressError:
+    """The refusal of a finished file that was made from something else than what is at hand."""
     why = f"The {changed} is not the one it was made from."
     return BitpressError(f"The finished layer {layer} cannot be reused.", why, f"Start a new run, or put the old {changed} back and resume.")
 

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from bitpress.engine.calibrate import walk
 from bitpress.engine.errors import BitpressError, InputError
-from bitpress.engine.layer_store import MadeFrom, write_durably
+from bitpress.engine.layer_store import LAYER_VERSION, MadeFrom, mismatch, read_tensors, write_tensors
 from bitpress.engine.methods import registry
 from bitpress.engine.methods.base import MethodOptions, PreparationMethod, ScalingMethod, Statistics, TurningMethod, finite
-from bitpress.engine.methods.quantize.pipeline import to_groups
+from bitpress.engine.methods.quantize.pipeline import from_groups, to_groups
 from bitpress.engine.model import surgery
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.model.links import Link, fold, links_of, tie_heads
@@ -160,7 +158,7 @@ def _apply(model: nn.Module, anatomy: Anatomy, found: Found, method: Preparation
 def clipped(weight_NK: Tensor, limit_NG: Tensor, group_size: int) -> Tensor:
     """Weights no larger than their group's limit, [N, K]. limit_NG: [N, G]."""
     groups, limit_NG1 = to_groups(weight_NK.float(), group_size), limit_NG.unsqueeze(-1)
-    return torch.minimum(torch.maximum(groups, -limit_NG1), limit_NG1).flatten(1)[:, : weight_NK.shape[1]]
+    return from_groups(torch.minimum(torch.maximum(groups, -limit_NG1), limit_NG1), weight_NK.shape)
 
 
 @torch.no_grad()
@@ -185,37 +183,23 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _save(folder: Path, number: int, found: Found, made_from: MadeFrom) -> None:
-    path = _path(folder, number)
-    record = {"v": 1, "made_from": asdict(made_from), "sha256": _digest(found)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    write_durably(partial, save({name: tensor.contiguous() for name, tensor in found.items()}, {"bitpress": json.dumps(record, sort_keys=True)}))
-    partial.replace(path)
+    record = {"v": LAYER_VERSION, "made_from": asdict(made_from), "sha256": _digest(found)}
+    write_tensors(_path(folder, number), found, json.dumps(record, sort_keys=True))
 
 
 def _load(folder: Path, number: int, made_from: MadeFrom) -> Found | None:
     path = _path(folder, number)
     if not path.exists():
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {})["bitpress"])
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict: iterating over it fails
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise _refused(path, f"It is damaged: {type(error).__name__}.") from error
+    record, found = read_tensors(path, _digest)
     if changed := made_from.first_change(record["made_from"]):
-        raise _refused(path, f"The {changed} is not the one it was made from.")
-    if record["sha256"] != _digest(found):
-        raise _refused(path, "Its bytes are not those that were written.")
+        raise mismatch(path.name, changed)
     return found
 
 
 def _digest(found: Found) -> str:
+    """Of names and bytes, as these files have had it from the first."""
     digest = hashlib.sha256()
     for name, tensor in sorted(found.items()):
         digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _refused(path: Path, why: str) -> BitpressError:
-    return BitpressError(f"{path.name} cannot be reused.", why, "Delete the file and resume the run, or start a new run.")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 from transformers.pytorch_utils import Conv1D
 
+from bitpress.engine.calibration_set import left_to_train
 from bitpress.engine.checkpoint import Checkpoint
 from bitpress.engine.errors import Cancelled, InputError
 from bitpress.engine.measure.logits import SLICE_NUMBERS, WholeScorer, scorer_of, slices
@@ -27,8 +28,6 @@ from bitpress.engine.model import surgery
 from bitpress.engine.model.load import compute_dtype
 from bitpress.engine.recipe import ActivationScheme
 from bitpress.kernels.activations import quantize_rows
-from bitpress.kernels.packed import PackedLinear
-from bitpress.kernels.reference import dequantize
 
 CHECKPOINT_SECONDS = 30.0
 EVALUATIONS = 8  # of the held-out sequences, spread over the steps, beside the one of the start
@@ -68,9 +67,7 @@ class Student:
 def _trainable(compressed: nn.Module, places: list[str]) -> tuple[nn.Module, dict[str, list[nn.Module]]]:
     """A float32 copy, without gradients of its own and without the weights at `places`, and the modules that use each of those."""
     twin = surgery.twin(compressed)
-    for name, module in list(twin.named_modules()):
-        if isinstance(module, PackedLinear):
-            surgery.replace(twin, name, _dense_stand_in(module))
+    surgery.unpack(twin)
     empty = {id(surgery.get(twin, place).weight): nn.Parameter(torch.empty(0), requires_grad=False) for place in places}
     by_place = {place: empty[id(surgery.get(twin, place).weight)] for place in places}
     model = copy.deepcopy(twin, memo=dict(empty)).float().requires_grad_(False)
@@ -79,14 +76,6 @@ def _trainable(compressed: nn.Module, places: list[str]) -> tuple[nn.Module, dic
         for module in modules:
             del module._parameters["weight"]  # a plain tensor with a history takes its place
     return model, slots
-
-
-def _dense_stand_in(module: PackedLinear) -> nn.Module:
-    rows, columns = module.packed.shape
-    linear = nn.utils.skip_init(nn.Linear, columns, rows, bias=False)
-    linear.weight = nn.Parameter(dequantize(module.packed), requires_grad=False)
-    linear.bias = nn.Parameter(module.bias.detach().float(), requires_grad=False) if isinstance(module.bias, Tensor) else None
-    return linear
 
 
 def _rounding(scheme: ActivationScheme) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
@@ -120,7 +109,7 @@ class Training:
     best_state: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check(len(self.ids_SL), self.options)
+        kept = left_to_train(len(self.ids_SL), self.options.held_out)
         self.dtype = compute_dtype(next(self.dense.parameters()).device.type)
         self.teacher_side, self.student_side = scorer_of(_computing(self.dense, self.dtype)), scorer_of(self.student.model)
         if isinstance(self.student_side, WholeScorer) and self.objective.reads_states:
@@ -128,7 +117,7 @@ class Training:
             raise InputError("The tokens of this model cannot be contrasted.", why, "Set the weight of the contrast to 0.")
         groups = [{**group, "peak": group["lr"]} for weight in self.student.weights.values() for group in weight.rates()]
         self.optimiser = torch.optim.Adam(groups, fused=True)
-        self.order = _Order(len(self.ids_SL) - self.options.held_out, self.options.sequences, self.seed)
+        self.order = _Order(kept, self.options.sequences, self.seed)
         self.saved = time.perf_counter()
 
     def run(self) -> None:
@@ -296,9 +285,3 @@ def _computing(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
     return model
-
-
-def _check(sequences: int, options: TrainingOptions) -> None:
-    if sequences <= options.held_out:
-        why = f"There are {sequences} calibration sequences, and {options.held_out} of them are held out."
-        raise InputError("There is no text left to train on.", why, "Ask for more calibration sequences, or hold out fewer.")

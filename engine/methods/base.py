@@ -16,7 +16,7 @@ from bitpress.engine.errors import InputError
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.quantize.pipeline import Codes
 from bitpress.engine.model.anatomy import Anatomy
-from bitpress.engine.recipe import Scheme
+from bitpress.engine.recipe import Scheme, WeightScheme
 from bitpress.kernels.formats import PackedTensor
 
 if TYPE_CHECKING:
@@ -77,6 +77,12 @@ class Method(ABC):
     def satisfies(self, scheme: Scheme) -> bool:
         """True when this method gives a layer a part of what its scheme asks for."""
         return self.ability.satisfies(scheme)
+
+    def weights_of(self, scheme: Scheme) -> WeightScheme:
+        """What a scheme asks of the weights. Raises ValueError when that is nothing."""
+        if scheme.weights is None:
+            raise ValueError(f"{self.name} was given a scheme without weights")
+        return scheme.weights
 
     def parse(self, options: Mapping[str, Any]) -> MethodOptions:
         """Checked options. Raises InputError that names the field."""

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bitpress.engine.errors import InputError
 from bitpress.engine.model.anatomy import Anatomy
+from bitpress.kernels.packed import PackedLinear
 
 
 def get(model: nn.Module, name: str) -> nn.Module:
@@ -61,6 +62,21 @@ def twin(model: nn.Module) -> nn.Module:
     """A second model over the very same parameters and buffers: parts of one can be replaced without touching the other."""
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, memo=shared)
+
+
+def unpack(model: nn.Module) -> None:
+    """Put an ordinary float32 linear in the place of every packed one."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            replace(model, name, _dense(module))
+
+
+def _dense(packed: PackedLinear) -> nn.Linear:
+    rows, columns = packed.packed.shape
+    linear = nn.utils.skip_init(nn.Linear, columns, rows, bias=False)
+    linear.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
+    linear.bias = nn.Parameter(packed.bias.detach().float(), requires_grad=False) if isinstance(packed.bias, Tensor) else None
+    return linear
 
 
 def drop_blocks(model: nn.Module, anatomy: Anatomy, blocks: list[int]) -> dict[int, int]:

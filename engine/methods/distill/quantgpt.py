@@ -10,7 +10,7 @@ from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import LearnedWeight, Lesson, ModelMethod, Objective, Outcome, TrainingOptions
 from bitpress.engine.methods.distill.losses import TokenBank, divergence, token_contrast
 from bitpress.engine.methods.distill.quantisers import at_least, factor_of, levels_of, rounded, start_step, step_of, stored
-from bitpress.engine.methods.quantize.pipeline import SCALE_DTYPE, Codes, to_groups
+from bitpress.engine.methods.quantize.pipeline import SCALE_DTYPE, Codes, from_groups, to_groups
 from bitpress.engine.recipe import BITS, Scheme
 
 LEAST_FACTOR = 0.01  # of its start: a step of no size would end the training
@@ -94,11 +94,7 @@ class RoundedWeight(LearnedWeight):
     def forward(self) -> Tensor:
         """Rounded weights; pruned ones stay zero."""
         weight_Rg = self.weight_Rg if self.kept_Rg is None else self.weight_Rg * self.kept_Rg
-        return self.matrix(rounded(self.options.quantiser, weight_Rg, self.step(), self.levels))
-
-    def matrix(self, groups_Rg: Tensor) -> Tensor:
-        """Groups as rows of the matrix again, the filling of a short last group cut off."""
-        return groups_Rg.reshape(self.shape[0], -1)[:, : self.shape[1]]
+        return from_groups(rounded(self.options.quantiser, weight_Rg, self.step(), self.levels), self.shape)
 
     def rates(self) -> list[dict[str, Any]]:
         """The weights' rate, and the factors' in proportion to their size."""
@@ -110,7 +106,7 @@ class RoundedWeight(LearnedWeight):
         """Symmetric uniform codes: the level m is stored as m + 2**(bits - 1)."""
         made_NK, step_R1 = self().contiguous(), self.step()
         whole_Rg = (to_groups(made_NK, self.weight_Rg.shape[1]).flatten(0, 1) / step_R1).round_()
-        codes_NK = self.matrix(whole_Rg + 2 ** (self.bits - 1)).to(torch.uint8).contiguous()
+        codes_NK = from_groups(whole_Rg + 2 ** (self.bits - 1), self.shape).to(torch.uint8).contiguous()
         return Outcome(made_NK, Codes(codes_NK, step_R1.view(self.shape[0], -1).to(SCALE_DTYPE), None))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitpress.engine.methods.base import MethodOptions, ScalingMethod, Statistics
 from bitpress.engine.methods.quantize.nf4 import Nf4
-from bitpress.engine.methods.quantize.pipeline import dequantize_groups, quantize_groups, to_groups
+from bitpress.engine.methods.quantize.pipeline import dequantize_groups, from_groups, quantize_groups, to_groups
 from bitpress.engine.recipe import Scheme, WeightScheme
 
 LEAST = 1e-4  # of a factor, before the factors are centred
@@ -74,7 +74,7 @@ class Awq(ScalingMethod):
         best_NG1, least_NG1 = largest_NG1, torch.full_like(largest_NG1, torch.inf)
         for step in range(CLIP_STEPS):
             limit_NG1 = largest_NG1 * (1 - step / (2 * CLIP_STEPS))
-            cut_NK = torch.minimum(torch.maximum(groups, -limit_NG1), limit_NG1).flatten(1)[:, : weight_NK.shape[1]]
+            cut_NK = from_groups(torch.minimum(torch.maximum(groups, -limit_NG1), limit_NG1), weight_NK.shape)
             gap = to_groups(rounded(cut_NK, scheme.weights) - weight_NK, size)
             error_NG1 = (torch.einsum("ngi,gij->ngj", gap, blocks_Ggg) * gap).sum(-1, keepdim=True)
             better = error_NG1 < least_NG1

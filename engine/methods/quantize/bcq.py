@@ -45,9 +45,8 @@ class BinaryCoding(LinearMethod):
 
     def apply(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: BinaryCodingOptions) -> Outcome:
         """Code one matrix in the scheme's width and groups."""
-        if scheme.weights is None:
-            raise ValueError("bcq was given a scheme without weights")
-        bits, size = scheme.weights.bits, scheme.weights.group_size
+        weights = self.weights_of(scheme)
+        bits, size = weights.bits, weights.group_size
         planes = fit_rows(weight_NK, size, lambda groups_Rg, importance_Rg: fit(groups_Rg, bits, options, importance_Rg), stats.get("second_moment"))
         return binary_outcome(encode_binary(weight_NK, size, planes), size)
 

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import BlockMethod, BlockOptions, LearnedWeight, Outcome, Statistics
-from bitpress.engine.methods.quantize.learned import Reshape, compensated, searched_grid, uniform_levels
-from bitpress.engine.methods.quantize.pipeline import SCALE_DTYPE, Codes, Grid, decode, encode
+from bitpress.engine.methods.quantize.learned import Reshape, compensated, searched_grid, uniform_levels, uniform_outcome
+from bitpress.engine.methods.quantize.pipeline import SCALE_DTYPE, Grid, decode
 from bitpress.engine.recipe import BITS, Scheme, WeightScheme
 
 
@@ -34,9 +33,7 @@ class FlexRound(BlockMethod):
 
     def start(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: FlexRoundOptions) -> LearnedWeight:
         """The grid of a clip search with error |e|**2.4, and no factors."""
-        if scheme.weights is None:
-            raise ValueError("flexround was given a scheme without weights")
-        return FlexRoundWeight(weight_NK, scheme.weights, options, stats)
+        return FlexRoundWeight(weight_NK, self.weights_of(scheme), options, stats)
 
 
 class FlexRoundWeight(LearnedWeight):
@@ -67,8 +64,4 @@ class FlexRoundWeight(LearnedWeight):
 
     def outcome(self) -> Outcome:
         """Uniform codes on the learned grid."""
-        grid, rows = self.grid(), self.reshape.shape[0]
-        codes_Rg = encode(self.reshape.seen(), grid)
-        zeros_NG = None if self.scheme.symmetric else grid.zero.view(rows, -1).to(torch.uint8)
-        codes = Codes(self.reshape.matrix(codes_Rg).to(torch.uint8).contiguous(), grid.scale.view(rows, -1).to(SCALE_DTYPE), zeros_NG)
-        return Outcome(self.reshape.matrix(decode(codes_Rg, grid)).contiguous(), codes)
+        return uniform_outcome(self.reshape.seen(), self.grid(), self.scheme, self.reshape.shape)

@@ -11,10 +11,10 @@ from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import LinearMethod, MethodOptions, Outcome, Statistics
 from bitpress.engine.methods.obs import factorise, keeping, sweep
 from bitpress.engine.methods.quantize.pipeline import (
-    SCALE_DTYPE,
     ClipSearch,
     Codes,
     Grid,
+    codes_on,
     decode,
     dequantize_groups,
     encode,
@@ -82,19 +82,18 @@ class Gptq(LinearMethod):
 
     def apply(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: GptqOptions) -> Outcome:
         """Quantise one matrix so that the error of its outputs on the calibration inputs is small."""
-        if scheme.weights is None:
-            raise ValueError("gptq was given a scheme without weights")
+        weights = self.weights_of(scheme)
         gram_KK = stats["gram"]
         power_K = gram_KK.diagonal()
         order_K = power_K.argsort(descending=True, stable=True) if options.act_order else torch.arange(len(power_K))
         factor = factorise(gram_KK[order_K][:, order_K], options.damping)
         clip = ClipSearch(options.candidates, options.exponent) if options.clip_search else None
-        grids = Grids(scheme.weights, clip, power_K.float())
+        grids = Grids(weights, clip, power_K.float())
         if options.static_groups or options.act_order:
             grids.fix(weight_NK)
         pruned = scheme.sparsity is not None and scheme.sparsity.ratio > 0
         codes = round_in_order(weight_NK, order_K, factor.upper_KK, grids, weight_NK != 0 if pruned else None)
-        return Outcome(dequantize_groups(codes, scheme.weights), codes, notes=factor.notes)
+        return Outcome(dequantize_groups(codes, weights), codes, notes=factor.notes)
 
 
 class Grids:
@@ -123,9 +122,7 @@ class Grids:
         """What is stored, of a matrix whose every weight is a level of its grid."""
         made = [self.by_group[group] for group in sorted(self.by_group)]
         scale_NG1, zero_NG1 = (torch.stack(column, dim=1).unsqueeze(-1) for column in zip(*((grid.scale, grid.zero) for grid in made), strict=True))
-        codes_NK = encode(to_groups(made_NK, self.scheme.group_size), Grid(scale_NG1, zero_NG1, self.top)).to(torch.uint8).flatten(1)[:, : made_NK.shape[1]]
-        zeros_NG = None if self.scheme.symmetric else zero_NG1.squeeze(-1).to(torch.uint8)
-        return Codes(codes_NK.contiguous(), scale_NG1.squeeze(-1).to(SCALE_DTYPE), zeros_NG)
+        return codes_on(to_groups(made_NK, self.scheme.group_size), Grid(scale_NG1, zero_NG1, self.top), self.scheme, made_NK.shape)
 
     def of(self, index: int, weight_KN: Tensor) -> Grid:
         """The grid of input `index`; a group without one gets it from the weights as they are now."""

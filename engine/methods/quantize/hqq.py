@@ -16,6 +16,7 @@ from bitpress.engine.methods.quantize.pipeline import (
     Grid,
     decode,
     dequantize_groups,
+    from_groups,
     group_range,
     make_grid,
     quantize_groups,
@@ -53,23 +54,22 @@ class Hqq(LinearMethod):
 
     def apply(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: HqqOptions) -> Outcome:
         """Quantise one matrix. Symmetric grids have no zero to seek and are rounded to nearest, which a note says."""
-        if scheme.weights is None:
-            raise ValueError("hqq was given a scheme without weights")
-        if scheme.weights.symmetric:
-            codes = quantize_groups(weight_NK, scheme.weights)
-            return Outcome(dequantize_groups(codes, scheme.weights), codes, notes=("its grids are symmetric, so there is no zero to seek: rounded to nearest",))
+        weights = self.weights_of(scheme)
+        if weights.symmetric:
+            codes = quantize_groups(weight_NK, weights)
+            return Outcome(dequantize_groups(codes, weights), codes, notes=("its grids are symmetric, so there is no zero to seek: rounded to nearest",))
         rows = max(1, CHUNK_WEIGHTS // weight_NK.shape[1])
-        parts = [_solve_rows(chunk, scheme.weights, options) for chunk in weight_NK.split(rows)]
+        parts = [_solve_rows(chunk, weights, options) for chunk in weight_NK.split(rows)]
         codes = Codes(*(torch.cat(column) for column in zip(*parts, strict=True)))
-        moved = scheme.sparsity is not None and scheme.sparsity.ratio > 0 and scheme.weights.zero == "float"
-        return Outcome(dequantize_groups(codes, scheme.weights), codes, notes=(MOVED_ZEROS,) if moved else ())
+        moved = scheme.sparsity is not None and scheme.sparsity.ratio > 0 and weights.zero == "float"
+        return Outcome(dequantize_groups(codes, weights), codes, notes=(MOVED_ZEROS,) if moved else ())
 
 
 def _solve_rows(weight_NK: Tensor, scheme: WeightScheme, options: HqqOptions) -> tuple[Tensor, Tensor, Tensor]:
     groups, real = to_groups(weight_NK, scheme.group_size), to_groups(torch.ones_like(weight_NK[:1]), scheme.group_size)
     grid = start_grid(groups, real, scheme)
     codes, grid = solve(groups, real, grid, scheme, options)
-    codes_NK = codes.to(torch.uint8).flatten(1)[:, : weight_NK.shape[1]]
+    codes_NK = from_groups(codes.to(torch.uint8), weight_NK.shape)
     return codes_NK, grid.scale.squeeze(-1).to(SCALE_DTYPE), grid.zero.squeeze(-1).to(torch.uint8 if scheme.zero == "integer" else SCALE_DTYPE)
 
 

@@ -5,15 +5,16 @@ group), element a number a weight and group one a group. Multiplied by s again, 
 the nearest level. Shapes: R groups, g weights a group, n planes, L levels.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitpress.engine.methods.base import Statistics
+from bitpress.engine.methods.base import Outcome, Statistics
 from bitpress.engine.methods.obs import factorise, keeping, sweep
 from bitpress.engine.methods.quantize.binary import shares_of, signs
-from bitpress.engine.methods.quantize.pipeline import ClipSearch, Grid, search_grid, to_groups
+from bitpress.engine.methods.quantize.pipeline import ClipSearch, Grid, codes_on, dequantize_groups, from_groups, search_grid, to_groups
 from bitpress.engine.recipe import WeightScheme
 
 DAMPING = 0.01  # GPTQ's
@@ -51,6 +52,12 @@ def uniform_levels(grid: Grid, rows: int) -> Tensor:
     return ((torch.arange(grid.top + 1) - grid.zero) * grid.scale).view(rows, -1, grid.top + 1)
 
 
+def uniform_outcome(groups_Rg: Tensor, grid: Grid, scheme: WeightScheme, shape: Sequence[int]) -> Outcome:
+    """Uniform codes of the nearest levels, and the matrix that they stand for."""
+    codes = codes_on(groups_Rg, grid, scheme, shape)
+    return Outcome(dequantize_groups(codes, scheme), codes)
+
+
 class Reshape(nn.Module):
     """The learned transform of one matrix; starts as the identity."""
 
@@ -77,8 +84,8 @@ class Reshape(nn.Module):
         return StraightThrough.apply(self.log_scale, self.element, self.group, seen_Rg, made_Rg, near_Rg)
 
     def matrix(self, groups_Rg: Tensor) -> Tensor:
-        """Groups as rows of the matrix again, the filling of a short last group cut off."""
-        return groups_Rg.reshape(self.shape[0], -1)[:, : self.shape[1]]
+        """Groups as rows of the matrix again."""
+        return from_groups(groups_Rg, self.shape)
 
 
 class StraightThrough(torch.autograd.Function):

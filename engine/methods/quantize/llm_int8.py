@@ -25,10 +25,9 @@ class LlmInt8(LinearMethod):
 
     def apply(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: MethodOptions) -> Outcome:
         """Round one matrix; notes say how many inputs are outliers, and when the scheme rounds no activations."""
-        if scheme.weights is None:
-            raise ValueError("llm-int8 was given a scheme without weights")
-        codes = quantize_groups(weight_NK, scheme.weights)
-        return Outcome(dequantize_groups(codes, scheme.weights), codes, notes=_notes(scheme, stats["peak"]))
+        weights = self.weights_of(scheme)
+        codes = quantize_groups(weight_NK, weights)
+        return Outcome(dequantize_groups(codes, weights), codes, notes=_notes(scheme, stats["peak"]))
 
 
 def _notes(scheme: Scheme, peak_K: Tensor) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from bitpress.engine.accounting import coded_layout
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import LinearMethod, MethodOptions, Outcome, Statistics
-from bitpress.engine.methods.quantize.pipeline import to_groups
+from bitpress.engine.methods.quantize.pipeline import from_groups, to_groups
 from bitpress.engine.recipe import Scheme
 from bitpress.kernels.layout import TableLayout
 from bitpress.kernels.reference import dequantize
@@ -35,6 +35,6 @@ class Nf4(LinearMethod):
         groups = to_groups(weight_NK, layout.group_size)
         stored_NG, supers = round_scales(groups.abs().amax(-1), layout)
         scales_NG1 = scales_of(stored_NG, supers).unsqueeze(-1)
-        codes_NK = nearest(groups / scales_NG1.where(scales_NG1 > 0, 1.0), self.table).flatten(1)[:, : weight_NK.shape[1]]
+        codes_NK = from_groups(nearest(groups / scales_NG1.where(scales_NG1 > 0, 1.0), self.table), weight_NK.shape)
         packed = pack_table(codes_NK.contiguous(), stored_NG, layout, supers)
         return Outcome(dequantize(packed), packed=packed)

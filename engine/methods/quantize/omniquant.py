@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import BlockMethod, BlockOptions, LearnedWeight, Outcome, Statistics
-from bitpress.engine.methods.quantize.learned import compensated, searched_grid, uniform_levels
-from bitpress.engine.methods.quantize.pipeline import SCALE_DTYPE, Codes, Grid, decode, encode, group_range, make_grid, to_groups
+from bitpress.engine.methods.quantize.learned import compensated, searched_grid, uniform_levels, uniform_outcome
+from bitpress.engine.methods.quantize.pipeline import Grid, from_groups, group_range, make_grid, to_groups
 from bitpress.engine.recipe import BITS, Scheme, WeightScheme
 
 START = 4.0  # sigmoid(4) = 0.982 of the range
@@ -39,9 +39,7 @@ class OmniQuant(BlockMethod):
 
     def start(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: OmniQuantOptions) -> LearnedWeight:
         """Every group's range, cut as the options say."""
-        if scheme.weights is None:
-            raise ValueError("omniquant was given a scheme without weights")
-        return ClippedWeight(weight_NK, scheme.weights, options, stats)
+        return ClippedWeight(weight_NK, self.weights_of(scheme), options, stats)
 
 
 class ClippedWeight(LearnedWeight):
@@ -79,11 +77,7 @@ class ClippedWeight(LearnedWeight):
         zero = grid.zero if self.scheme.symmetric else as_if(-low / scale, grid.zero)
         free_Rg = self.groups_Rg / scale
         codes_Rg = (as_if(free_Rg, free_Rg.detach().round()) + zero).clamp(0, grid.top)
-        return self.matrix((codes_Rg - zero) * scale)
-
-    def matrix(self, groups_Rg: Tensor) -> Tensor:
-        """Groups as rows of the matrix again."""
-        return groups_Rg.reshape(self.shape[0], -1)[:, : self.shape[1]]
+        return from_groups((codes_Rg - zero) * scale, self.shape)
 
     def rates(self) -> list[dict[str, Any]]:
         """One rate for both ends."""
@@ -91,11 +85,7 @@ class ClippedWeight(LearnedWeight):
 
     def outcome(self) -> Outcome:
         """Uniform codes between the learned ends."""
-        grid, rows = self.grid(), self.shape[0]
-        codes_Rg = encode(self.groups_Rg, grid)
-        zeros_NG = None if self.scheme.symmetric else grid.zero.view(rows, -1).to(torch.uint8)
-        codes = Codes(self.matrix(codes_Rg).to(torch.uint8).contiguous(), grid.scale.view(rows, -1).to(SCALE_DTYPE), zeros_NG)
-        return Outcome(self.matrix(decode(codes_Rg, grid)).contiguous(), codes)
+        return uniform_outcome(self.groups_Rg, self.grid(), self.scheme, self.shape)
 
 
 def as_if(followed: Tensor, value: Tensor) -> Tensor:

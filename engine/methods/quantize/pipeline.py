@@ -5,6 +5,7 @@ group size 0 is the whole row. A last short group is filled up with zeros, which
 and is always a level, so it widens no range and has no error.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,11 @@ def to_groups(weight_NK: Tensor, group_size: int) -> Tensor:
     short = -width % size
     padded = torch.nn.functional.pad(weight_NK, (0, short)) if short else weight_NK
     return padded.reshape(rows, -1, size)
+
+
+def from_groups(groups: Tensor, shape: Sequence[int]) -> Tensor:
+    """Groups, [N, G, g] or [N * G, g], as rows of a matrix of `shape` again, what filled a short last group cut off: [N, K]."""
+    return groups.reshape(shape[0], -1)[:, : shape[1]]
 
 
 def group_range(groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,15 +124,21 @@ def quantize_groups(weight_NK: Tensor, scheme: WeightScheme, clip: ClipSearch | 
     """
     rows = max(1, CHUNK_WEIGHTS // weight_NK.shape[1])
     parts = [_quantize_rows(chunk, scheme, clip) for chunk in weight_NK.split(rows)]
-    codes, scales, zeros = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Codes(codes, scales, None if scheme.symmetric else zeros)
+    codes, scales, zeros = zip(*parts, strict=True)
+    return Codes(torch.cat(codes), torch.cat(scales), None if scheme.symmetric else torch.cat(zeros))
 
 
-def _quantize_rows(weight_NK: Tensor, scheme: WeightScheme, clip: ClipSearch | None) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_rows(weight_NK: Tensor, scheme: WeightScheme, clip: ClipSearch | None) -> Codes:
     groups = to_groups(weight_NK, scheme.group_size)
     grid = search_grid(groups, scheme, clip) if clip else make_grid(*group_range(groups), scheme)
-    codes_NK = encode(groups, grid).to(torch.uint8).flatten(1)[:, : weight_NK.shape[1]]
-    return codes_NK, grid.scale.squeeze(-1).to(SCALE_DTYPE), grid.zero.squeeze(-1).to(torch.uint8)
+    return codes_on(groups, grid, scheme, weight_NK.shape)
+
+
+def codes_on(groups: Tensor, grid: Grid, scheme: WeightScheme, shape: Sequence[int]) -> Codes:
+    """The nearest codes of a matrix of `shape`, as they are stored. groups, grid: [N, G, ...] or [N * G, ...]; zeros whole."""
+    codes_NK = from_groups(encode(groups, grid).to(torch.uint8), shape).contiguous()
+    zeros_NG = None if scheme.symmetric else grid.zero.reshape(shape[0], -1).to(torch.uint8)
+    return Codes(codes_NK, grid.scale.reshape(shape[0], -1).to(SCALE_DTYPE), zeros_NG)
 
 
 def dequantize_groups(codes: Codes, scheme: WeightScheme) -> Tensor:
@@ -134,4 +146,4 @@ def dequantize_groups(codes: Codes, scheme: WeightScheme) -> Tensor:
     groups = to_groups(codes.codes_NK, scheme.group_size).float()
     scale = codes.scales_NG.float().unsqueeze(-1)
     zero = torch.full_like(scale, 2 ** (scheme.bits - 1)) if codes.zeros_NG is None else codes.zeros_NG.float().unsqueeze(-1)
-    return decode(groups, Grid(scale, zero, 2**scheme.bits - 1)).flatten(1)[:, : codes.codes_NK.shape[1]].contiguous()
+    return from_groups(decode(groups, Grid(scale, zero, 2**scheme.bits - 1)), codes.codes_NK.shape).contiguous()

@@ -38,8 +38,7 @@ class RoundToNearest(LinearMethod):
 
     def apply(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: RoundToNearestOptions) -> Outcome:
         """Quantise one matrix on the scheme's width, group and symmetry."""
-        if scheme.weights is None:
-            raise ValueError("rtn was given a scheme without weights")
+        weights = self.weights_of(scheme)
         clip = ClipSearch(options.candidates, options.exponent) if options.clip_search else None
-        codes = quantize_groups(weight_NK, scheme.weights, clip)
-        return Outcome(dequantize_groups(codes, scheme.weights), codes)
+        codes = quantize_groups(weight_NK, weights, clip)
+        return Outcome(dequantize_groups(codes, weights), codes)

@@ -66,9 +66,7 @@ class UniQuanF(BlockMethod):
 
     def start(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: UniQuanFOptions) -> LearnedWeight:
         """The unified start, or the best of three starts."""
-        if scheme.weights is None:
-            raise ValueError("uniquanf was given a scheme without weights")
-        return UnifiedWeight(weight_NK, scheme.weights, options, stats)
+        return UnifiedWeight(weight_NK, self.weights_of(scheme), options, stats)
 
 
 def first_planes(groups_Rg: Tensor, bits: int, options: UniQuanFOptions, importance_Rg: Tensor | None) -> Planes:
