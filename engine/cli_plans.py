@@ -70,7 +70,7 @@ def kv_ranks(model: str, keep: Annotated[float, typer.Option(min=0.01, max=1.0, 
     if heads not in ("joint", "each"):
         raise InputError(f"There is no '{heads}' of heads.", "", "Choose joint or each.")
     path = library.anatomy_path(model)
-    if not path.exists():
+    if not path.exists() or not library.stats_dir(model).is_dir():
         followed(jobs.submit("inspect", {"model": model}))
     found = cache_of(Anatomy.load(path), library.stats_dir(model), keep, heads).model_dump(exclude_none=True, mode="json")  # type: ignore[arg-type]
     if as_json:

@@ -210,10 +210,11 @@ class Moments(NamedTuple):
 def feature_moments(scene: Scene, keys: list[Key], skip_first: bool = False) -> dict[Key, Moments]:
     """The moments of several sublayers' features in one pass. skip_first: leave out the first token of every sequence."""
     sums: dict[Key, list[Tensor]] = {}
+    anatomy = scene.anatomy  # made anew at every look
     with ExitStack() as stack:
         scorer = scorer_of(scene.model)
         for key in keys:
-            module = get(scene.model, last_matrix(scene.anatomy, key).name)
+            module = get(scene.model, last_matrix(anatomy, key).name)
             stack.callback(module.register_forward_pre_hook(_summer(sums, key, int(skip_first))).remove)
         for ids_BL in scene.batches(BATCH):
             scorer.hidden(ids_BL)

@@ -1,4 +1,4 @@
-"""Structured pruning in steps that methods share: score of every unit, selection within a budget, repair, removal. Knows scenes; no single criterion.
+"""Structured pruning in steps that methods share: score of every unit, selection within a budget, removal. Knows scenes; no single criterion.
 
 Units are key-value groups (key and value head with their query heads) or single query heads, and MLP neurons. The budget is a share of the
 block linears' multiply-adds, that is of their weights. Every block keeps a head and some neurons; to lose a whole block, drop it.
@@ -7,7 +7,7 @@ Every repair is offered with every score; repairs run from the bottom up and see
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from torch import Tensor
 from bitpress.engine.errors import InputError
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import Family, MethodOptions, ShapeMethod
+from bitpress.engine.methods.repair import Repairing, repaired, sums_of
 from bitpress.engine.model.anatomy import Part
 from bitpress.engine.model.slicing import key_head_of
 from bitpress.engine.model.surgery import get, linear_weight, twin
@@ -25,9 +26,6 @@ from bitpress.engine.sublayers import KINDS, Caught, Key, Kind, Stream, last_mat
 
 Scores = dict[Key, Tensor]  # per sublayer one number a unit, higher is more important, comparable over all sublayers
 Kept = dict[Key, list[int]]  # per sublayer the units that stay
-Repairing = Literal["none", "bias", "rescale", "least_squares"]
-RIDGE = 0.01  # of each feature's own energy, towards the weights as they were: text is short, and features hang together
-LARGEST_SCALE = 10.0  # a rescaling beyond it is worse than none
 
 
 class StructuredOptions(MethodOptions):
@@ -194,74 +192,7 @@ def _whole_multiples(units: Units, key: Key, score_U: Tensor, stay: set[int]) ->
     return sorted(ranked[surplus:] if len(stay) > surplus else ranked)
 
 
-# Repair ----------------------------------------------------------------------------------------------------------
-
-
-class Sums(NamedTuple):
-    """Of a sublayer's features x and of what it should add y, over all tokens: X^T X, X^T Y, and the mean of x."""
-
-    gram_FF: Tensor
-    cross_Fd: Tensor
-    mean_F: Tensor
-    tokens: int
-
-
-def sums_of(features: list[Tensor], wanted: list[Tensor]) -> Sums:
-    """Accumulated in float64 from float32 products, a batch at a time."""
-    width, tokens = features[0].shape[-1], 0
-    gram_FF, cross_Fd = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, wanted[0].shape[-1], dtype=torch.float64)
-    total_F = torch.zeros(width, dtype=torch.float64)
-    for x_BLF, y_BLd in zip(features, wanted, strict=True):
-        x_MF, y_Md = x_BLF.flatten(0, 1).float(), y_BLd.flatten(0, 1).float()
-        gram_FF += (x_MF.t() @ x_MF).double()
-        cross_Fd += (x_MF.t() @ y_Md).double()
-        total_F += x_MF.sum(0, dtype=torch.float64)
-        tokens += len(x_MF)
-    return Sums(gram_FF, cross_Fd, total_F / tokens, tokens)
-
-
-def repaired(how: Repairing, weight_dF: Tensor, kept_F: Tensor, groups_F: Tensor, sums: Sums) -> tuple[Tensor, Tensor | None]:
-    """(the last matrix for the kept features, a bias to add or None). groups_F: the kept unit that each kept feature belongs to."""
-    weight_dK = weight_dF[:, kept_F]
-    if how == "least_squares":
-        return least_squares(kept_F, sums, weight_dK), None
-    if how == "rescale":
-        return weight_dK * rescaling(weight_dF, kept_F, groups_F, sums)[groups_F].to(weight_dF.dtype), None
-    if how == "bias":
-        gone_F = torch.ones(weight_dF.shape[1], dtype=torch.bool)
-        gone_F[kept_F] = False
-        return weight_dK, (weight_dF[:, gone_F].double() @ sums.mean_F[gone_F]).to(weight_dF.dtype)
-    return weight_dK, None
-
-
-def least_squares(kept_F: Tensor, sums: Sums, fallback_dK: Tensor, ridge: float = RIDGE) -> Tensor:
-    """The matrix that brings the kept features nearest to what the sublayer should add (KPWT; METHODS 2.2).
-
-    Solves for the change of the weights, held near zero by a ridge: with fewer tokens than features the plain solution fits the text
-    and nothing else.
-    """
-    gram_KK = sums.gram_FF[kept_F][:, kept_F]
-    diagonal_K = gram_KK.diagonal()
-    damped_KK = gram_KK + torch.diag(ridge * diagonal_K + 1e-9 * diagonal_K.mean())
-    lower_KK, failed = torch.linalg.cholesky_ex(damped_KK)
-    if failed:
-        return fallback_dK
-    old_Kd = fallback_dK.t().double()
-    change_Kd = torch.cholesky_solve(sums.cross_Fd[kept_F] - gram_KK @ old_Kd, lower_KK)
-    return (old_Kd + change_Kd).t().to(fallback_dK.dtype)
-
-
-def rescaling(weight_dF: Tensor, kept_F: Tensor, groups_F: Tensor, sums: Sums) -> Tensor:
-    """One scale a kept unit, [U], nearest to 1 (Kwon et al. 2022; METHODS E); ones when a scale would be beyond 10."""
-    weight_dK, count = weight_dF[:, kept_F].double(), int(groups_F.max()) + 1
-    belongs_KU = torch.nn.functional.one_hot(groups_F, count).double()
-    inner_KK = (weight_dK.t() @ weight_dK) * sums.gram_FF[kept_F][:, kept_F]
-    inner_UU = belongs_KU.t() @ inner_KK @ belongs_KU
-    goal_U = belongs_KU.t() @ (weight_dK.t() * sums.cross_Fd[kept_F]).sum(1)
-    wanted_U = goal_U - inner_UU.sum(1)
-    change_U = torch.linalg.solve(inner_UU.t() @ inner_UU + torch.eye(count, dtype=torch.float64), inner_UU.t() @ wanted_U)
-    scale_U = 1 + change_U
-    return torch.ones_like(scale_U) if not scale_U.isfinite().all() or scale_U.abs().max() > LARGEST_SCALE else scale_U
+# Removal ---------------------------------------------------------------------------------------------------------
 
 
 Decide = Callable[[Key, Stream, Caught], list[int]]  # the units of a sublayer that stay, when the walk reaches it
@@ -295,7 +226,7 @@ def _remove_one(scene: Scene, units: Units, student: Stream, key: Key, goal: lis
     sizes = [len(units.features(key, [unit])) for unit in stay]
     groups_F = torch.repeat_interleave(torch.arange(len(stay)), torch.tensor(sizes))
     weight_dF = linear_weight(module).float()
-    made_dK, extra_d = repaired(how, weight_dF, kept_F, groups_F, sums_of(caught.features[key.kind], wanted)) if how != "none" else (None, None)
+    made_dK, extra_d = repaired(how, weight_dF, kept_F, groups_F, sums_of(caught.features[key.kind], wanted, goal)) if how != "none" else (None, None)
     units.cut({key: stay})
     if made_dK is not None and how != "bias":
         scene.set_weight(part.name, made_dK)

@@ -5,7 +5,8 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from bitpress.engine.methods.structured import Repairing, Scores, StructuredMethod, StructuredOptions, Units
+from bitpress.engine.methods.repair import Repairing
+from bitpress.engine.methods.structured import Scores, StructuredMethod, StructuredOptions, Units
 from bitpress.engine.model.surgery import get, linear_weight
 from bitpress.engine.scene import Scene
 from bitpress.engine.sublayers import feature_moments, last_matrix

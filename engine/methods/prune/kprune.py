@@ -4,14 +4,15 @@ The paper is on encoders; on a causal model a head is a key-value group or a que
 sublayer the model still equals its teacher, so that predictive knowledge is zero there and only representational knowledge decides.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from bitpress.engine.measure.logits import scorer_of
-from bitpress.engine.methods.structured import Repairing, Scores, StructuredMethod, StructuredOptions, Units, budget_of, remove_bottom_up, select
+from bitpress.engine.methods.repair import Repairing
+from bitpress.engine.methods.structured import Scores, StructuredMethod, StructuredOptions, Units, budget_of, remove_bottom_up, select
 from bitpress.engine.model.surgery import get, linear_weight, twin
 from bitpress.engine.scene import Scene
 from bitpress.engine.sublayers import Caught, Key, Stream, feature_moments, knowledge_loss, last_matrix, mask_gradients
@@ -58,11 +59,10 @@ class KPrune(StructuredMethod):
     def shape(self, scene: Scene, options: KPruneOptions) -> None:
         """Measure, select within what is left of the budget, prune the sublayer at hand, refit it, and go on to the next."""
         units = Units(scene, options)
-        knowledge = Knowledge(scene, units, options)
-        if units.shares is not None or options.allocation == "uniform":
-            kept = self.choose(units, knowledge.scores(list(units.keys), None), options)
-            remove_bottom_up(scene, units, lambda key, *_: kept[key], options.repair)
+        if units.shares is not None or options.allocation == "uniform":  # what stays is settled before anything goes
+            super().shape(scene, options)
             return
+        knowledge = Knowledge(scene, units, options)
         left, known = budget_of(units, options.remove), dict[Key, Tensor]()
 
         def decide(key: Key, student: Stream, caught: Caught) -> list[int]:
@@ -100,7 +100,8 @@ class Knowledge:
     def predictive(self, keys: list[Key], student: Stream | None) -> dict[Key, Tensor]:
         """Per feature: sum over batches of half the squared gradient of T^2 KL in its mask, over the number of sequences."""
         loss = lambda number, _: knowledge_loss(self.teacher, self.taught[number], self.options.temperature)  # noqa: E731
-        found = {key: torch.zeros(last_matrix(self.scene.anatomy, key).in_features, dtype=torch.float64) for key in keys}
+        anatomy = self.scene.anatomy  # made anew at every look
+        found = {key: torch.zeros(last_matrix(anatomy, key).in_features, dtype=torch.float64) for key in keys}
         for batch in mask_gradients(self.scene, keys, loss, student):
             for key, gradient_F in batch.items():
                 found[key] += 0.5 * gradient_F.double().square()
@@ -108,9 +109,9 @@ class Knowledge:
 
     def representational(self, keys: list[Key]) -> dict[Key, Tensor]:
         """Per feature: its mean square times the mean square of its column of the last matrix."""
-        moments = feature_moments(self.scene, keys, self.options.skip_first)
-        return {key: moments[key].square_F * _column_squares(self.scene, key) for key in keys}
+        moments, anatomy = feature_moments(self.scene, keys, self.options.skip_first), self.scene.anatomy
 
+        def column_squares(key: Key) -> Tensor:
+            return linear_weight(get(self.scene.model, last_matrix(anatomy, key).name)).double().square().mean(0)
 
-def _column_squares(scene: Scene, key: Key) -> Any:
-    return linear_weight(get(scene.model, last_matrix(scene.anatomy, key).name)).double().square().mean(0)
+        return {key: moments[key].square_F * column_squares(key) for key in keys}

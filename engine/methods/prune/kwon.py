@@ -6,7 +6,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bitpress.engine.methods.structured import Kept, Repairing, Scores, StructuredMethod, StructuredOptions, Units, budget_of
+from bitpress.engine.methods.repair import Repairing
+from bitpress.engine.methods.structured import Kept, Scores, StructuredMethod, StructuredOptions, Units, budget_of
 from bitpress.engine.scene import Scene
 from bitpress.engine.sublayers import Key, mask_gradients, task_loss
 

@@ -13,7 +13,8 @@ from bitpress.engine.calibration_set import CalibrationSet
 from bitpress.engine.compress import compress
 from bitpress.engine.errors import InputError
 from bitpress.engine.methods import registry
-from bitpress.engine.methods.structured import StructuredMethod, StructuredOptions, Units, budget_of, least_squares, repaired, rescaling, select, sums_of
+from bitpress.engine.methods.repair import least_squares, repaired, rescaling, sums_of
+from bitpress.engine.methods.structured import StructuredMethod, StructuredOptions, Units, budget_of, select
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.scene import Scene
@@ -107,26 +108,39 @@ def test_too_much_is_refused_with_what_is_possible(in_memory: Build) -> None:
 def test_repairs_are_what_they_say() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 50, 6, generator=generator) + 0.5, torch.randn(3, 6, generator=generator)
-    wanted = x @ weight.t()
-    sums, kept, groups = sums_of([x], [wanted]), torch.tensor([0, 2, 3, 5]), torch.tensor([0, 0, 1, 2])
+    wanted, goal = x @ weight.t(), torch.randn(2, 50, 3, generator=generator)
+    sums, kept, groups = sums_of([x], [wanted], [goal]), torch.tensor([0, 2, 3, 5]), torch.tensor([0, 0, 1, 2])
+    weigh_M1 = 1 / goal.flatten(0, 1).square().mean(1, keepdim=True).sqrt()  # as the next norm does
+    x_MF, y_Md = weigh_M1 * x.flatten(0, 1), weigh_M1 * wanted.flatten(0, 1)
     fitted = least_squares(kept, sums, weight[:, kept], ridge=0.0)
-    expected = torch.linalg.lstsq(x.flatten(0, 1)[:, kept], wanted.flatten(0, 1)).solution.t()
+    expected = torch.linalg.lstsq(x_MF[:, kept], y_Md).solution.t()
     assert torch.allclose(fitted, expected, atol=1e-3)
     near = repaired("least_squares", weight, kept, groups, sums)[0]
     assert (near - weight[:, kept]).norm() < (fitted - weight[:, kept]).norm()
-    short = sums_of([x[:, :2]], [wanted[:, :2]])  # 4 tokens, fewer than the 6 features
+    short = sums_of([x[:, :2]], [wanted[:, :2]], [goal[:, :2]])  # 4 tokens, fewer than the 6 features
     assert (least_squares(torch.arange(6), short, weight) - weight).abs().max() < 1e-4, "nothing has gone: nothing changes"
     same, bias = repaired("bias", weight, kept, groups, sums)
     assert torch.equal(same, weight[:, kept])
     assert bias is not None
-    assert torch.allclose(bias, weight[:, [1, 4]] @ x.flatten(0, 1).mean(0)[[1, 4]], atol=1e-5)
+    mean_F = (weigh_M1 * x_MF).sum(0) / weigh_M1.square().sum()
+    assert torch.allclose(bias, weight[:, [1, 4]] @ mean_F[[1, 4]], atol=1e-5)
     scale = rescaling(weight, kept, groups, sums)
-    columns = torch.stack([(x.flatten(0, 1)[:, kept[groups == unit]] @ weight[:, kept[groups == unit]].t()).flatten() for unit in range(3)], dim=1).double()
+    columns = torch.stack([(x_MF[:, kept[groups == unit]] @ weight[:, kept[groups == unit]].t()).flatten() for unit in range(3)], dim=1).double()
     inner = columns.t() @ columns
-    goal = columns.t() @ wanted.flatten().double()
-    damped, right = torch.cat((inner, torch.eye(3, dtype=torch.float64))), torch.cat((goal - inner.sum(1), torch.zeros(3, dtype=torch.float64)))
+    aim = columns.t() @ y_Md.flatten().double()
+    damped, right = torch.cat((inner, torch.eye(3, dtype=torch.float64))), torch.cat((aim - inner.sum(1), torch.zeros(3, dtype=torch.float64)))
     change = torch.linalg.lstsq(damped, right).solution
     assert torch.allclose(scale, 1 + change, atol=1e-4)
+
+
+def test_one_token_that_is_huge_in_the_stream_does_not_decide_the_fit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, kept = torch.randn(1, 60, 4, generator=generator), torch.randn(3, 4, generator=generator), torch.tensor([0, 1, 2])
+    wanted, goal = x @ weight.t(), torch.randn(1, 60, 3, generator=generator)
+    alone = least_squares(kept, sums_of([x[:, 1:]], [wanted[:, 1:]], [goal[:, 1:]]), weight[:, kept])
+    wanted[:, 0] += 20_000
+    goal[:, 0] += 20_000
+    assert (least_squares(kept, sums_of([x], [wanted], [goal]), weight[:, kept]) - alone).abs().max() < 0.1
 
 
 def test_a_stream_reaches_what_the_model_reaches(in_memory: Build) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from bitpress.engine import cli
+from bitpress.engine.model import library
+from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.runs.status import change_status
 from bitpress.engine.runs.store import Store
@@ -67,3 +69,21 @@ def test_an_interrupted_run_is_resumed_from_the_command_line(bitpress: Callable[
     assert run.status().state == "finished"
     listed, _ = bitpress("runs", "--kind", "compress")
     assert [entry["state"] for entry in listed] == ["finished"]
+
+
+def test_ranks_and_kv_ranks_print_what_a_recipe_takes(bitpress: Callable[..., tuple[Any, str]], tiny_recipe: Callable[..., Recipe]) -> None:
+    plan = tiny_recipe()
+    model, text = plan.model, plan.measure.text
+    found, said = bitpress("ranks", model, "--removed", "0.1", "--evaluations", "2", "--text", text)
+    assert "Run " in said
+    assert len(found["trials"]) == 2
+    assert all(trial["keep"] <= 0.9 + 1e-9 for trial in found["trials"])
+    recipe = Recipe.from_dict(found["recipe"])
+    assert recipe.calibration.text == text
+    cache, _ = bitpress("kv-ranks", model, "--keep", "0.5", "--heads", "each")
+    anatomy = Anatomy.load(library.anatomy_path(model))
+    assert recipe.validate_for(anatomy) == []
+    kept = Recipe.from_dict({"model": model, **cache, "stages": [{"method": "lorc"}]})
+    assert kept.validate_for(anatomy) == []
+    width = anatomy.kv_heads * anatomy.head_dim
+    assert 0 < sum(kept.kv_cache.rank.ranks) <= 0.5 * width * anatomy.blocks  # type: ignore[union-attr, arg-type]

@@ -1,0 +1,84 @@
+"""What the last matrix of a sublayer does for the features that went: a bias, a scale a unit, a least-squares fit. Knows matrices; no models.
+
+Shape letters: F features of the sublayer as it was, K those kept, d outputs, U kept units, M tokens.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Repairing = Literal["none", "bias", "rescale", "least_squares"]
+RIDGE = 0.01  # of each feature's own energy, towards the weights as they were: text is short, and features hang together
+LARGEST_SCALE = 10.0  # a rescaling beyond it is worse than none
+
+
+class Sums(NamedTuple):
+    """Of a sublayer's features x and of what it should add y, over all tokens, weighed: X^T X, X^T Y, and the mean of x."""
+
+    gram_FF: Tensor
+    cross_Fd: Tensor
+    mean_F: Tensor
+
+
+def sums_of(features: list[Tensor], wanted: list[Tensor], goal: list[Tensor]) -> Sums:
+    """Accumulated in float64 from float32 products, a batch at a time. goal: the residual stream that is to come out, [B, L, d] a batch.
+
+    A token weighs 1 over the mean square of its goal: what reads the stream norms it first. Unweighed, a causal model's first token, whose
+    stream may be a hundred times as long as any other's, is all that a fit looks at. (The encoders of METHODS 2 norm the stream itself.)
+    """
+    width, weight = features[0].shape[-1], 0.0
+    gram_FF, cross_Fd = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, wanted[0].shape[-1], dtype=torch.float64)
+    total_F = torch.zeros(width, dtype=torch.float64)
+    for x_BLF, y_BLd, goal_BLd in zip(features, wanted, goal, strict=True):
+        root_M1 = goal_BLd.flatten(0, 1).float().square().mean(1, keepdim=True).clamp_min(1e-12).rsqrt()
+        x_MF, y_Md = root_M1 * x_BLF.flatten(0, 1).float(), root_M1 * y_BLd.flatten(0, 1).float()
+        gram_FF += (x_MF.t() @ x_MF).double()
+        cross_Fd += (x_MF.t() @ y_Md).double()
+        total_F += (root_M1 * x_MF).sum(0, dtype=torch.float64)
+        weight += float(root_M1.square().sum(dtype=torch.float64))
+    return Sums(gram_FF, cross_Fd, total_F / weight)
+
+
+def repaired(how: Repairing, weight_dF: Tensor, kept_F: Tensor, groups_F: Tensor, sums: Sums) -> tuple[Tensor, Tensor | None]:
+    """(the last matrix for the kept features, a bias to add or None). groups_F: the kept unit that each kept feature belongs to."""
+    weight_dK = weight_dF[:, kept_F]
+    if how == "least_squares":
+        return least_squares(kept_F, sums, weight_dK), None
+    if how == "rescale":
+        return weight_dK * rescaling(weight_dF, kept_F, groups_F, sums)[groups_F].to(weight_dF.dtype), None
+    if how == "bias":
+        gone_F = torch.ones(weight_dF.shape[1], dtype=torch.bool)
+        gone_F[kept_F] = False
+        return weight_dK, (weight_dF[:, gone_F].double() @ sums.mean_F[gone_F]).to(weight_dF.dtype)
+    return weight_dK, None
+
+
+def least_squares(kept_F: Tensor, sums: Sums, fallback_dK: Tensor, ridge: float = RIDGE) -> Tensor:
+    """The matrix that brings the kept features nearest to what the sublayer should add (KPWT; METHODS 2.2).
+
+    Solves for the change of the weights, held near zero by a ridge: with fewer tokens than features the plain solution fits the text
+    and nothing else.
+    """
+    gram_KK = sums.gram_FF[kept_F][:, kept_F]
+    diagonal_K = gram_KK.diagonal()
+    damped_KK = gram_KK + torch.diag(ridge * diagonal_K + 1e-9 * diagonal_K.mean())
+    lower_KK, failed = torch.linalg.cholesky_ex(damped_KK)
+    if failed:
+        return fallback_dK
+    old_Kd = fallback_dK.t().double()
+    change_Kd = torch.cholesky_solve(sums.cross_Fd[kept_F] - gram_KK @ old_Kd, lower_KK)
+    return (old_Kd + change_Kd).t().to(fallback_dK.dtype)
+
+
+def rescaling(weight_dF: Tensor, kept_F: Tensor, groups_F: Tensor, sums: Sums) -> Tensor:
+    """One scale a kept unit, [U], nearest to 1 (Kwon et al. 2022; METHODS E); ones when a scale would be beyond 10."""
+    weight_dK, count = weight_dF[:, kept_F].double(), int(groups_F.max()) + 1
+    belongs_KU = torch.nn.functional.one_hot(groups_F, count).double()
+    inner_KK = (weight_dK.t() @ weight_dK) * sums.gram_FF[kept_F][:, kept_F]
+    inner_UU = belongs_KU.t() @ inner_KK @ belongs_KU
+    goal_U = belongs_KU.t() @ (weight_dK.t() * sums.cross_Fd[kept_F]).sum(1)
+    wanted_U = goal_U - inner_UU.sum(1)
+    change_U = torch.linalg.solve(inner_UU.t() @ inner_UU + torch.eye(count, dtype=torch.float64), inner_UU.t() @ wanted_U)
+    scale_U = 1 + change_U
+    return torch.ones_like(scale_U) if not scale_U.isfinite().all() or scale_U.abs().max() > LARGEST_SCALE else scale_U
