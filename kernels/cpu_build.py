@@ -13,12 +13,13 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}.cpp") for name in ("lowbit", "table", "binary", "sparse", "panel", "step", "token", "stream"))
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu_bf16.h", "cpu_rows.h", "cpu_lanes.h"))
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-fPIC")
 BUILD_SECONDS = 180
 PANEL_ROWS = 24  # from here on making a weight bfloat16 once costs less than multiplying its code for every row
 _reason = ""
@@ -60,7 +61,7 @@ def _built() -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     if os.environ.get("BITPRESS_NO_COMPILER") or compiler is None:
         raise OSError("no C++ compiler was found (install g++ to get them)")
-    target = cache_dir() / f"lowbit-{_digest(compiler)}.so"
+    target = cache_dir() / f"cpu-{_digest(compiler)}.so"
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_suffix(".lock").open("w") as lock:  # one build at a time, in whatever process
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -84,14 +85,19 @@ def _digest(compiler: str) -> str:
 
 
 def _compile(compiler: str, target: Path) -> None:
-    """Write the library whole or not at all."""
-    handle, partial = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    try:
-        subprocess.run([compiler, *FLAGS, "-o", partial, *map(str, SOURCES)], capture_output=True, text=True, timeout=BUILD_SECONDS, check=True)
-        Path(partial).replace(target)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    """Write the library whole or not at all. Every source is compiled by a process of its own, as many at once as there are cores."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
+        commands = [[*FLAGS, "-c", "-o", str(made), str(source)] for made, source in zip(objects, SOURCES, strict=True)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda command: _run(compiler, command), commands))
+        whole = Path(folder) / target.name
+        _run(compiler, [*FLAGS, "-shared", "-o", str(whole), *map(str, objects)])
+        whole.replace(target)
+
+
+def _run(compiler: str, arguments: list[str]) -> None:
+    subprocess.run([compiler, *arguments], capture_output=True, text=True, timeout=BUILD_SECONDS, check=True)
 
 
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
@@ -102,7 +108,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.bitpress_binary.restype = number
     rows: list[Any] = [address, address, *[number] * 4]  # x, y, is_bf16, rows, inputs, outputs
     lib.bitpress_table.argtypes = [*rows, number, address, address, address, number]
-    lib.bitpress_binary.argtypes = [*rows, number, number, address, address, address, number]
+    lib.bitpress_binary.argtypes = [*rows, number, number, address, address, number]
     lib.bitpress_bitmap.argtypes = [*rows, address, address, address, number]
     lib.bitpress_two_four.argtypes = [*rows, address, address, number]
     lib.bitpress_has_panels.restype = number
@@ -110,7 +116,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
         panel: list[Any] = [address, address, *[number] * 3]  # x, y, rows, inputs, outputs
         lib.bitpress_panel_linear.argtypes = [*panel, number, number, address, address, address, number, number]
         lib.bitpress_panel_table.argtypes = [*panel, number, address, address, address, number]
-        lib.bitpress_panel_binary.argtypes = [*panel, number, number, address, address, address, number]
+        lib.bitpress_panel_binary.argtypes = [*panel, number, number, address, address, number]
         lib.bitpress_panel_linear.restype = number
         lib.bitpress_panel_table.restype = lib.bitpress_panel_binary.restype = None
     size = ctypes.c_size_t

@@ -15,6 +15,7 @@ from bitpress.kernels import cpu_build, cpu_lowbit
 from bitpress.kernels.binary import unpack_binary
 from bitpress.kernels.formats import PackedTensor, unpack_bits, unpack_codes
 from bitpress.kernels.layout import BinaryLayout, BitmapLayout, DenseLayout, Layout, TableLayout, TwoFourLayout, UniformLayout
+from bitpress.kernels.pages import on_large_pages
 from bitpress.kernels.tables import levels, unpack_table
 
 TILE, TABLE_WORD, BINARY_CHUNK, SPARSE_WORD = 16, 8, 32, 32
@@ -61,23 +62,22 @@ class TableTiles:
 
 @dataclass(frozen=True)
 class BinaryTiles:
-    """Signs uint8 [T, K / 32, planes, 64], alphas float32 [T, G, planes, 16], shifts float32 [T, G, 16]."""
+    """Signs uint8 [T / 2, K / 32, 2, planes, 64], factors bfloat16 [T / 2, G, 2, planes + 1, 16]: alphas and, last, the shift."""
 
     signs: Tensor
-    alphas: Tensor
-    shifts: Tensor
+    factors: Tensor
     group: int
     shape: tuple[int, int]
 
     def matmul(self, x_MK: Tensor) -> Tensor:
         """x_MK: bfloat16 or float32, contiguous. Returns [M, N] in its type."""
-        parts = (self.signs.data_ptr(), self.alphas.data_ptr(), self.shifts.data_ptr())
-        return _call("bitpress_binary", x_MK, self.shape, (self.alphas.shape[2], self.group, *parts), panel="bitpress_panel_binary")
+        parts = (self.factors.shape[3] - 1, self.group, self.signs.data_ptr(), self.factors.data_ptr())
+        return _call("bitpress_binary", x_MK, self.shape, parts, panel="bitpress_panel_binary")
 
     @property
     def nbytes(self) -> int:
         """Resident bytes."""
-        return self.signs.nbytes + self.alphas.nbytes + self.shifts.nbytes
+        return self.signs.nbytes + self.factors.nbytes
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def table_tiles(packed: PackedTensor) -> TableTiles:
     codes_NK, scales_NG = unpack_table(packed)
     fours = _padded(codes_NK, TABLE_WORD).unflatten(-1, (-1, 2, 2, 2)).permute(0, 1, 4, 2, 3)  # row, word, half, byte, low or high
     words = (fours[..., 0] | fours[..., 1] << 4).flatten(2).contiguous().view(torch.int32).squeeze(-1)
-    return TableTiles(_lanes(words), _lanes(scales_NG), levels(layout.table), _group(layout.group_size, columns, TABLE_WORD), (rows, columns))
+    return TableTiles(on_large_pages(_lanes(words)), _lanes(scales_NG), levels(layout.table), _group(layout.group_size, columns, TABLE_WORD), (rows, columns))
 
 
 def binary_tiles(packed: PackedTensor) -> BinaryTiles:
@@ -170,8 +170,15 @@ def binary_tiles(packed: PackedTensor) -> BinaryTiles:
     fours = _padded(plus_NBK.to(torch.uint8), BINARY_CHUNK).unflatten(-1, (-1, 2, 4, 4))  # row, plane, chunk, half, column, sign
     nibbles = (fours << torch.arange(4, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     both = nibbles[..., 0, :] | nibbles[..., 1, :] << 4
-    signs = both.unflatten(0, (-1, TILE)).permute(0, 3, 2, 1, 4).contiguous()  # tile, chunk, plane, row, column
-    return BinaryTiles(signs, _lanes(alphas_NGB.float()), _lanes(shifts_NG.float()), _group(layout.group_size, columns, BINARY_CHUNK), (rows, columns))
+    signs = _pairs(both).permute(0, 4, 1, 3, 2, 5).contiguous()  # pair, chunk, tile, plane, row, column
+    factors = _pairs(torch.cat((alphas_NGB, shifts_NG.unsqueeze(-1)), -1)).permute(0, 3, 1, 4, 2).contiguous()  # pair, group, tile, plane, row
+    return BinaryTiles(on_large_pages(signs), on_large_pages(factors), _group(layout.group_size, columns, BINARY_CHUNK), (rows, columns))
+
+
+def _pairs(values: Tensor) -> Tensor:
+    """[N, ...] as [T / 2, 2, 16, ...], zeros under the rows."""
+    whole = torch.cat((values, values.new_zeros(-len(values) % (2 * TILE), *values.shape[1:])))
+    return whole.unflatten(0, (-1, 2, TILE))
 
 
 def bitmap_rows(packed: PackedTensor) -> BitmapRows:
@@ -179,7 +186,7 @@ def bitmap_rows(packed: PackedTensor) -> BitmapRows:
     bits, columns = packed.tensors["bitmap"], packed.shape[1]
     counts = unpack_bits(bits, columns).sum(-1)
     words = F.pad(bits, (0, -bits.shape[1] % 4)).contiguous().view(torch.int32)
-    return BitmapRows(words, F.pad(packed.tensors["values"].bfloat16(), (0, SPARSE_WORD)), counts.cumsum(0) - counts, packed.shape)
+    return BitmapRows(words, on_large_pages(F.pad(packed.tensors["values"].bfloat16(), (0, SPARSE_WORD))), counts.cumsum(0) - counts, packed.shape)
 
 
 def two_four_form(packed: PackedTensor) -> TwoFourTiles | TwoFourCodes:
@@ -189,14 +196,14 @@ def two_four_form(packed: PackedTensor) -> TwoFourTiles | TwoFourCodes:
     if isinstance(layout.values, DenseLayout):
         return _two_four_tiles(packed)
     half = packed.shape[1] // 2
-    places = cpu_lowbit.tile(unpack_codes(packed.tensors["places"], 2, half), torch.zeros(packed.shape[0], 1), None, 2, 0)
-    return TwoFourCodes(cpu_lowbit.tiles_of(packed.part("values")), places.codes, packed.shape)
+    places = cpu_lowbit.tile(unpack_codes(packed.tensors["places"], 2, half), torch.zeros(packed.shape[0], 1), None, 2, 0, abreast=1)
+    return TwoFourCodes(cpu_lowbit.tiles_of(packed.part("values"), abreast=1), places.codes, packed.shape)
 
 
 def _two_four_tiles(packed: PackedTensor) -> TwoFourTiles:
     places, values = packed.tensors["places"], packed.tensors["values_weight"].bfloat16()
     pairs = _padded(values, SPARSE_WORD // 2).view(torch.int32)
-    return TwoFourTiles(_lanes(pairs), _lanes(F.pad(places, (0, -places.shape[1] % 4)).contiguous().view(torch.int32)), packed.shape)
+    return TwoFourTiles(on_large_pages(_lanes(pairs)), _lanes(F.pad(places, (0, -places.shape[1] % 4)).contiguous().view(torch.int32)), packed.shape)
 
 
 def _padded(values: Tensor, step: int) -> Tensor:

@@ -7,7 +7,8 @@
 // Bits of a chunk are stored in planes so that unpacking is shifts and masks only:
 //   8-bit plane: 8 x 64 bytes, one a quad          4-bit plane: 4 x 64 bytes, quads 2i (low) and 2i + 1 (high)
 //   2-bit plane: 2 x 64 bytes, quads 4i .. 4i + 3  1-bit plane: 1 x 64 bytes, bit q of a byte belongs to quad q
-// 3 bits are a 2-bit plane and a 1-bit plane on top of it; 5 are 4 + 1; 6 are 4 + 2. A chunk has 64 * bits bytes.
+// 3 bits are a 2-bit plane and a 1-bit plane on top of it; 5 are 4 + 1; 6 are 4 + 2. A chunk has 64 * bits bytes. Two tiles lie side by
+// side, a chunk of one and a chunk of the other, so that a thread reads one long stretch of memory from end to end.
 //
 // Arithmetic. Activations become integers of 15 bits, one scale a group: x = sx * (128 * hi + lo) with signed bytes hi and lo.
 // Then sum (code - zero) * x is sum code*hi and sum code*lo by u8 x s8 dot products, exact in integers, minus zero times the sums
@@ -17,11 +18,14 @@
 // Two of four. Codes are those of the stored weights, two planes of 2 bits say which of its four each belongs to; a quad of
 // codes meets eight inputs, of which a byte shuffle brings every row its own four.
 
+#include <array>
+#include <type_traits>
+
 #include "cpu_lanes.h"
 
 namespace {
 
-constexpr int CHUNK = 32, QUADS = 8;
+constexpr int CHUNK = 32, QUADS = 8, AHEAD = 4096;  // bytes; wider codes come in time without being asked for
 
 // One row of activations as integers in two signed bytes, one scale a group. sums: of the integers of a group.
 struct Row {
@@ -36,16 +40,15 @@ struct Shape {
     int groups() const { return (inputs + group - 1) / group; }
     int tiles() const { return (outputs + TILE - 1) / TILE; }
     size_t tile_bytes() const { return size_t(padded()) * TILE * bits / 8; }
+    size_t code_at(int tile, int k) const { return tile / 2 * 2 * tile_bytes() + (2 * size_t(k) + tile % 2 * CHUNK) * TILE * bits / 8; }
 };
 
-void split(const int32_t *q, int count, const Row &row, int at, int g, bool halves) {
+void split(const int32_t *__restrict q, int count, const Row &row, int at, int g, bool halves) {
+    int8_t *__restrict const hi = row.hi + at, *__restrict const lo = row.lo + at;
     int64_t sum = 0;
-    for (int k = 0; k < count; k++) {
-        const int hi = halves ? (q[k] + 64) >> 7 : q[k];
-        row.hi[at + k] = int8_t(hi);
-        row.lo[at + k] = int8_t(halves ? q[k] - hi * 128 : 0);
-        sum += q[k];
-    }
+    for (int k = 0; k < count; k++) sum += q[k];
+    for (int k = 0; k < count; k++) hi[k] = int8_t(halves ? (q[k] + 64) >> 7 : q[k]);
+    for (int k = 0; k < count; k++) lo[k] = int8_t(halves ? q[k] - 128 * hi[k] : 0);
     row.sum[g] = float(sum);
 }
 
@@ -81,8 +84,17 @@ template <bool HALVES> inline Reals scaled(Reals total, Sums hi, Sums lo, Reals 
     return plus_product(plus_product(zero, every(-sum), dot), times(scale, every(sx)), total);
 }
 
-// NT tiles times MB activation rows. SPLIT accumulators a sum keep dot products independent: each takes five cycles.
+// The chunks of NT tiles that lie side by side.
+template <int BITS, int NT, bool HELD> inline auto chunks(const uint8_t *codes) {
+    using Planes = std::conditional_t<HELD, InRegisters<BITS>, InMemory>;
+    if constexpr (NT == 1) return std::array<Planes, 1>{Planes{codes}};
+    else return std::array<Planes, 2>{Planes{codes}, Planes{codes + BITS * QUAD_BYTES}};
+}
+
+// NT tiles times MB activation rows. SPLIT accumulators a sum keep dot products independent: each takes five cycles. Scales and zeros
+// of the tiles to come are asked for early: their streams are too short for the processor to see them coming.
 template <int BITS, int NT, int MB, int SPLIT, bool HALVES> void tiles_times_rows(const Job &job, const Shape &s, int tile, const Row *rows, float *out) {
+    constexpr int LIFTED = SPLIT == 2 ? LIFT<BITS> : 0;
     Reals total[NT][MB];
     for (auto &per_tile : total) for (auto &sum : per_tile) sum = every(0.0f);
     const int groups = s.groups();
@@ -91,10 +103,13 @@ template <int BITS, int NT, int MB, int SPLIT, bool HALVES> void tiles_times_row
         for (int t = 0; t < NT; t++) for (int m = 0; m < MB; m++) for (int p = 0; p < SPLIT; p++) hi[t][m][p] = lo[t][m][p] = no_sums();
         const int end = std::min((g + 1) * s.group, s.padded());
         for (int k = g * s.group; k < end; k += CHUNK) {
+            const uint8_t *codes = job.codes + s.code_at(tile, k);
+            if (BITS == 2) for (int line = 0; line < NT * BITS; line++) __builtin_prefetch(codes + AHEAD + line * QUAD_BYTES);
+            const auto planes = chunks<BITS, NT, MB == 1>(codes);
 #pragma GCC unroll 8
             for (int q = 0; q < QUADS; q++) {
                 Bytes w[NT];
-                for (int t = 0; t < NT; t++) w[t] = quad<BITS>(job.codes + (tile + t) * s.tile_bytes() + size_t(k) * TILE * BITS / 8, q);
+                for (int t = 0; t < NT; t++) w[t] = quad<BITS, LIFTED != 0>(planes[t], q);
                 for (int m = 0; m < MB; m++) {
                     const Bytes xh = broadcast4(rows[m].hi + k + 4 * q), xl = broadcast4(rows[m].lo + k + 4 * q);
                     for (int t = 0; t < NT; t++) {
@@ -106,10 +121,12 @@ template <int BITS, int NT, int MB, int SPLIT, bool HALVES> void tiles_times_row
         }
         for (int t = 0; t < NT; t++) {
             const size_t at = (size_t(tile + t) * groups + g) * TILE;
+            __builtin_prefetch(job.scales + at + NT * groups * TILE);
+            if (job.zeros) __builtin_prefetch(static_cast<const uint8_t *>(job.zeros) + (at + NT * groups * TILE) * (job.float_zeros ? 2 : 1));
             const Reals zero = zeros_of<BITS>(job, at), scale = bf16_at(job.scales + at);
             for (int m = 0; m < MB; m++) {
                 Sums h = hi[t][m][0], l = lo[t][m][0];
-                for (int p = 1; p < SPLIT; p++) h = both(h, hi[t][m][p]), l = both(l, lo[t][m][p]);
+                for (int p = 1; p < SPLIT; p++) h = both(h, lowered(hi[t][m][p], LIFTED)), l = both(l, lowered(lo[t][m][p], LIFTED));
                 total[t][m] = scaled<HALVES>(total[t][m], h, l, zero, rows[m].sum[g], scale, rows[m].scale[g]);
             }
         }
@@ -130,7 +147,7 @@ template <int BITS> void two_four_tile(const Job &job, const Shape &s, const uin
 #pragma GCC unroll 8
             for (int q = 0; q < QUADS; q++) {
                 const int8_t *table = x + size_t(k + 4 * q) * 4;
-                const Bytes w = quad<BITS>(codes, q), index = either(quad<2>(at, q), fours);
+                const Bytes w = quad<BITS>(InMemory{codes}, q), index = either(quad<2>(InMemory{at}, q), fours);
                 const Bytes xh = picked(table, index), xl = picked(table, either(index, lower));
                 hi = dot<BITS>(hi, w, xh), lo = dot<BITS>(lo, w, xl);
                 sum_hi = dot<1>(sum_hi, ones, xh), sum_lo = dot<1>(sum_lo, ones, xl);

@@ -6,12 +6,14 @@ from the float64 reference by less than a bfloat16 matmul does; a row with NaN o
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from bitpress.kernels import cpu_build
 from bitpress.kernels.formats import PackedTensor, unpack_codes
+from bitpress.kernels.pages import on_large_pages
 
 TILE, CHUNK, QUADS = 16, 32, 8
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
@@ -36,6 +38,12 @@ class Tiles:
         """The same with x rounded to 8 or 4 bits, one symmetric scale a row: half the dot products."""
         return linear(x_MK, self, activation_bits=bits)
 
+    @cached_property
+    def addresses(self) -> tuple[int, int, int, bool]:
+        """Where codes, scales and zeros (0: none) are, and whether zeros are reals: asked for once, since a step passes hundreds."""
+        zeros = self.zeros
+        return self.codes.data_ptr(), self.scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), zeros is not None and zeros.dtype == torch.bfloat16
+
     @property
     def nbytes(self) -> int:
         """Resident bytes."""
@@ -51,22 +59,26 @@ def refusal(bits: int, group_size: int, in_features: int) -> str:
     return "" if cpu_build.library() else cpu_build.why_not() or "the C++ kernels are not available"
 
 
-def tiles_of(packed: PackedTensor) -> Tiles:
+def tiles_of(packed: PackedTensor, abreast: int = 2) -> Tiles:
     """A stored matrix in tile layout."""
     layout = packed.uniform
     codes_NK = unpack_codes(packed.tensors["codes"], layout.bits, packed.shape[1])
-    return tile(codes_NK, packed.tensors["scales"], packed.zeros_NG, layout.bits, layout.group_size)
+    return tile(codes_NK, packed.tensors["scales"], packed.zeros_NG, layout.bits, layout.group_size, abreast)
 
 
-def tile(codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bits: int, group_size: int) -> Tiles:
-    """Lay out codes (N, K) uint8, scales (N, G) and zeros (N, G) for the kernels. `group_size` 0 is the whole row."""
+def tile(codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bits: int, group_size: int, abreast: int = 2) -> Tiles:
+    """Lay out codes (N, K) uint8, scales (N, G) and zeros (N, G) for the kernels. `group_size` 0 is the whole row.
+
+    abreast: tiles that lie side by side, chunk by chunk.
+    """
     outputs, inputs = codes_NK.shape
     padded = -(-inputs // CHUNK) * CHUNK
     group = padded if group_size == 0 or group_size >= inputs else group_size
-    codes = torch.nn.functional.pad(codes_NK, (0, padded - inputs, 0, -outputs % TILE))
-    quads = codes.view(-1, TILE, padded // CHUNK, QUADS, 4).permute(0, 2, 3, 1, 4).reshape(-1, padded // CHUNK, QUADS, TILE * 4)
+    codes = torch.nn.functional.pad(codes_NK, (0, padded - inputs, 0, -outputs % (abreast * TILE)))
+    by_tile = codes.view(-1, abreast, TILE, padded // CHUNK, QUADS, 4)
+    quads = by_tile.permute(0, 3, 1, 4, 2, 5).reshape(-1, abreast * padded // CHUNK, QUADS, TILE * 4)
     zeros = None if zeros_NG is None else _by_tile(zeros_NG if zeros_NG.dtype == torch.bfloat16 else zeros_NG.to(torch.uint8))
-    return Tiles(_planes(quads, bits), _by_tile(scales_NG.to(torch.bfloat16)), zeros, bits, group, (outputs, inputs))
+    return Tiles(on_large_pages(_planes(quads, bits)), _by_tile(scales_NG.to(torch.bfloat16)), zeros, bits, group, (outputs, inputs))
 
 
 def _by_tile(values_NG: Tensor) -> Tensor:
@@ -75,7 +87,7 @@ def _by_tile(values_NG: Tensor) -> Tensor:
 
 
 def _planes(quads: Tensor, bits: int) -> Tensor:
-    """Bit planes of quads (tiles, chunks, 8, 64): each plane packs 8 / width quads into a byte."""
+    """Bit planes of quads (pairs of tiles, chunks, 8, 64): each plane packs 8 / width quads into a byte."""
     parts, low = [], 0
     for width in PLANES[bits]:
         plane = (quads >> low) & ((1 << width) - 1)
@@ -98,8 +110,7 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None = None, activation_bits:
     out = torch.empty(rows.shape[0], outputs, dtype=x.dtype)
     lib.bitpress_linear(
         rows.data_ptr(), out.data_ptr(), x.dtype == torch.bfloat16, rows.shape[0], inputs, outputs, tiles.bits, tiles.group,
-        activation_bits, tiles.codes.data_ptr(), tiles.scales.data_ptr(), 0 if tiles.zeros is None else tiles.zeros.data_ptr(),
-        tiles.zeros is not None and tiles.zeros.dtype == torch.bfloat16, 0 if bias is None else bias.data_ptr(), torch.get_num_threads(),
+        activation_bits, *tiles.addresses, 0 if bias is None else bias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out.view(*x.shape[:-1], outputs)
 
@@ -112,7 +123,6 @@ def panel_linear(x_MK: Tensor, tiles: Tiles) -> Tensor:
     outputs, inputs = tiles.shape
     out = torch.empty(len(x_MK), outputs, dtype=torch.bfloat16)
     lib.bitpress_panel_linear(
-        x_MK.data_ptr(), out.data_ptr(), len(x_MK), inputs, outputs, tiles.bits, tiles.group, tiles.codes.data_ptr(), tiles.scales.data_ptr(),
-        0 if tiles.zeros is None else tiles.zeros.data_ptr(), tiles.zeros is not None and tiles.zeros.dtype == torch.bfloat16, torch.get_num_threads(),
+        x_MK.data_ptr(), out.data_ptr(), len(x_MK), inputs, outputs, tiles.bits, tiles.group, *tiles.addresses, torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -85,12 +85,12 @@ struct Uniform {
 
     template <int BITS> void decode(int tile, uint32_t *panel) const {
         const __m512i byte = _mm512_set1_epi32(255);
-        const uint8_t *chunks = codes + size_t(tile) * padded * TILE * BITS / 8;
+        const uint8_t *pair = codes + size_t(tile / 2) * 2 * padded * TILE * BITS / 8;  // laid out as at the head of cpu_lowbit.cpp
         for (int k = 0; k < padded; k += CHUNK) {
             const size_t at = (size_t(tile) * groups + std::min(k / group, groups - 1)) * TILE;
             const __m512 scale = bf16_at(scales + at), zero = zeros_at<BITS>(at);
             for (int q = 0; q < 8; q++) {
-                const __m512i four = quad<BITS>(chunks + size_t(k) * TILE * BITS / 8, q);
+                const __m512i four = quad<BITS>(InMemory{pair + (2 * size_t(k) + tile % 2 * CHUNK) * TILE * BITS / 8}, q);
                 const auto weight = [&](int j) {
                     const __m512 code = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(four, 8 * j), byte));
                     return _mm512_mul_ps(_mm512_sub_ps(code, zero), scale);
@@ -121,15 +121,15 @@ void decode_table(int tile, uint32_t *panel, int words, int group, int groups, c
     }
 }
 
-void decode_binary(int tile, uint32_t *panel, int padded, int planes, int group, int groups, const uint8_t *signs, const float *alphas, const float *shifts) {
+void decode_binary(int tile, uint32_t *panel, int padded, int planes, int group, int groups, const uint8_t *signs, const uint16_t *factors) {
     for (int k = 0; k < padded; k += CHUNK) {
-        const size_t at = size_t(tile) * groups + std::min(k / group, groups - 1);
+        const uint16_t *at = factors + ((size_t(tile / 2) * groups + std::min(k / group, groups - 1)) * 2 + tile % 2) * (planes + 1) * TILE;
         const auto weight = [&](int input) {  // bit 8c + 4h + i of a row's word is the sign of input 16h + 4c + i
             const __m512i bit = _mm512_set1_epi32(int(1u << (8 * (input % 16 / 4) + 4 * (input / 16) + input % 4)));
-            __m512 sum = _mm512_loadu_ps(shifts + at * TILE);
+            __m512 sum = bf16_lanes(at + planes * TILE);
             for (int p = 0; p < planes; p++) {
-                const __m512i words = _mm512_loadu_si512(signs + ((size_t(tile) * padded / CHUNK + k / CHUNK) * planes + p) * QUAD_BYTES);
-                const __m512 alpha = _mm512_loadu_ps(alphas + (at * planes + p) * TILE);
+                const __m512i words = _mm512_loadu_si512(signs + ((size_t(tile / 2) * 2 * (padded / CHUNK) + 2 * (k / CHUNK) + tile % 2) * planes + p) * QUAD_BYTES);
+                const __m512 alpha = bf16_lanes(at + p * TILE);
                 sum = _mm512_mask_add_ps(_mm512_sub_ps(sum, alpha), _mm512_test_epi32_mask(words, bit), sum, alpha);
             }
             return sum;
@@ -168,11 +168,11 @@ void bitpress_panel_table(const void *x, void *y, int rows, int inputs, int outp
     multiply(p, [&](int tile, uint32_t *panel) { decode_table(tile, panel, count, group, groups, words, scales, levels); });
 }
 
-void bitpress_panel_binary(const void *x, void *y, int rows, int inputs, int outputs, int planes, int group, const uint8_t *signs, const float *alphas,
-                           const float *shifts, int threads) {
+void bitpress_panel_binary(const void *x, void *y, int rows, int inputs, int outputs, int planes, int group, const uint8_t *signs,
+                           const uint16_t *factors, int threads) {
     const Product p{x, y, rows, inputs, outputs, threads};
     const int groups = (inputs + group - 1) / group;
-    multiply(p, [&](int tile, uint32_t *panel) { decode_binary(tile, panel, p.padded(), planes, group, groups, signs, alphas, shifts); });
+    multiply(p, [&](int tile, uint32_t *panel) { decode_binary(tile, panel, p.padded(), planes, group, groups, signs, factors); });
 }
 }
 

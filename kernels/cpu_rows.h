@@ -45,19 +45,35 @@ inline void store(void *y, bool is_bf16, size_t at, const float *values, int cou
     }
 }
 
-// One group of activations as whole numbers up to `top`, one scale: x = scale * q. A group that is not finite gets a scale
-// that is NaN, so that its row does not come out finite; denormal groups read as zero. q has room for `padded`.
+inline void put_bits(int32_t *to, float value) { std::memcpy(to, &value, sizeof(value)); }
+inline float as_real(int32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+// One group of activations as whole numbers up to `top` (below 2^22), one scale: x = scale * q. A group that is not finite gets a
+// scale that is NaN, so that its row does not come out finite; denormal groups read as zero. q has room for `padded`. Sizes are
+// compared as bits and rounding adds 1.5 * 2^23, whose last bit is worth one: both are loops that compilers make wide.
 inline float quantise(const float *x, int count, int padded, float top, int32_t *q) {
-    float most = 0;
-    bool finite = true;
+    constexpr float ROUNDER = 12582912.0f;
+    int32_t most_bits = 0;
     for (int k = 0; k < count; k++) {
-        most = std::max(most, std::fabs(x[k]));
-        finite &= std::isfinite(x[k]);
+        int32_t bits;
+        put_bits(&bits, x[k]);
+        most_bits = std::max(most_bits, bits & 0x7fffffff);
     }
+    const float most = as_real(most_bits);
+    const bool finite = most_bits < 0x7f800000;
     float scale = most / top, inverse = most > 0 && finite ? 1.0f / scale : 0.0f;
     if (!std::isfinite(inverse)) inverse = 0, scale = 0;
-    for (int k = 0; k < count; k++) q[k] = finite ? int32_t(std::nearbyintf(x[k] * inverse)) : 0;
-    for (int k = count; k < padded; k++) q[k] = 0;
+    if (finite) {
+        for (int k = 0; k < count; k++) put_bits(q + k, x[k] * inverse);
+        asm volatile("" ::: "memory");  // keeps the product and the sum two roundings: one fused would be of another number
+        for (int k = 0; k < count; k++) put_bits(q + k, as_real(q[k]) + ROUNDER);
+        for (int k = 0; k < count; k++) q[k] -= 0x4b400000;
+    }
+    std::fill(q + (finite ? count : 0), q + padded, 0);
     return finite ? scale : std::numeric_limits<float>::quiet_NaN();
 }
 

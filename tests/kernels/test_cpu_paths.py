@@ -27,7 +27,7 @@ def older(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         pytest.skip("this processor has no AVX2")
     target = tmp_path_factory.mktemp(level) / "kernels.so"
     flags = [flag for flag in cpu_build.FLAGS if not flag.startswith(("-march", "-O"))]
-    subprocess.run([compiler, *flags, "-O1", f"-march={level}", "-o", str(target), *map(str, cpu_build.SOURCES)], check=True, timeout=180)
+    subprocess.run([compiler, *flags, "-shared", "-O1", f"-march={level}", "-o", str(target), *map(str, cpu_build.SOURCES)], check=True, timeout=180)
     return cpu_build._declare(ctypes.CDLL(str(target)))
 
 
