@@ -1,13 +1,16 @@
 """Commands that find a recipe: what each layer suffers, ranks, a budget spent. Knows arguments and printing; the finding is elsewhere."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+import yaml
 
 from bitpress.engine.cli_face import Force, Home, Json, Text, followed, group, print_json, short, table
 from bitpress.engine.errors import InputError
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.runs import jobs
+from bitpress.engine.runs.store import Run
 
 plans = group("Find a recipe.")
 
@@ -60,8 +63,6 @@ def kv_ranks(model: str, keep: Annotated[float, typer.Option(min=0.01, max=1.0, 
              heads: Annotated[str, typer.Option(help="joint, or each head by itself.")] = "joint",
              as_json: Json = False, home: Home = None) -> None:  # fmt: skip
     """Ranks of a latent KV cache from condition numbers; prints the recipe's `kv_cache`."""
-    import yaml
-
     from bitpress.engine.kv_ranks import cache_of
     from bitpress.engine.model import library
     from bitpress.engine.model.anatomy import Anatomy
@@ -113,3 +114,57 @@ def _locks(written: list[str]) -> dict[str, str]:
         if found.setdefault(pattern, option) != option:
             raise InputError(f"'{pattern}' is locked twice.", f"Once to {found[pattern]}, once to {option}.", "Keep one of them.")
     return found
+
+
+# Many recipes ------------------------------------------------------------------------------------------------------
+
+
+@plans.command()
+def sweep(recipe: Path, model: Annotated[str | None, typer.Option("--model", help="Model id, in place of the recipe's.")] = None,
+          grid: Annotated[list[str] | None, typer.Option("--grid", help="AXIS=VALUE,VALUE, such as bits=3,4 or method=rtn,gptq; more axes multiply.")] = None,
+          search: Annotated[int | None, typer.Option("--search", min=2, help="Try so many recipes, chosen by what is foretold and measured.")] = None,
+          bits: Annotated[str, typer.Option("--bits", help="LOW,HIGH bits of a linear weight, for a search.")] = "2.5,6",
+          methods: Annotated[str, typer.Option("--methods", help="Methods of rounding that a search tries.")] = "rtn",
+          as_json: Json = False, home: Home = None) -> None:  # fmt: skip
+    """Compress by many recipes around one, each a run of its own; Ctrl-C pauses, `runs resume` goes on."""
+    from bitpress.engine.model.library import model_path
+    from bitpress.engine.sweep import SweepPlan
+
+    base = Recipe.from_yaml(recipe)
+    base = base.model_copy(update={"model": model}) if model else base
+    model_path(base.model)
+    asked: dict[str, Any] = {"grid": dict(map(_axis, grid))} if grid else {}
+    if search is not None:
+        asked["search"] = {"trials": search, **_range(bits), "methods": [name.strip() for name in methods.split(",")]}
+    plan = SweepPlan.of({"base": base.to_dict(), **asked})
+    args = {"model": base.model, "plan": plan.model_dump(mode="json", exclude_none=True)}
+    told_sweep(followed(jobs.submit("sweep", args, title=f"Sweep {base.model}")), as_json)
+
+
+def _axis(written: str) -> tuple[str, list[Any]]:
+    axis, equals, values = written.partition("=")
+    if not equals or not axis.strip():
+        raise InputError(f"'{written}' is no axis.", "", "Write AXIS=VALUE,VALUE, such as bits=3,4.")
+    return axis.strip(), [piece.strip() if ":" in piece else yaml.safe_load(piece) for piece in values.split(",") if piece.strip()]
+
+
+def _range(bits: str) -> dict[str, float]:
+    try:
+        low, high = map(float, bits.split(","))
+    except ValueError:
+        raise InputError(f"'{bits}' is no range of bits.", "", "Write LOW,HIGH, such as 2.5,6.") from None
+    return {"low": low, "high": high}
+
+
+def told_sweep(run: Run, as_json: bool) -> None:
+    """What came of a sweep: a line a point, those on the front marked."""
+    found = run.result() or {}
+    if as_json:
+        print_json({"run": run.id, **found})
+        return
+    rows = [
+        ("*" if point["run"] in found["front"] else "", point["run"] or "", point["name"], point["state"],
+         *(short(point["figures"].get(name)) or point["wrong"] for name in ("bytes", "kl_mean", "perplexity")))
+        for point in found["points"]
+    ]  # fmt: skip
+    table(rows, ("front", "run", "recipe", "state", "bytes", "divergence", "perplexity"))

@@ -22,7 +22,8 @@ from bitpress.engine.runs.store import Run
 
 POLL_SECONDS = 0.5
 LOG_LINES = 60
-UNITS = {"compressing": "layer", "inspecting": "layer", "measuring quality": "window", "perplexity": "window", "writing samples": "sample"}
+UNITS = {"compressing": "layer", "inspecting": "layer", "measuring quality": "window", "perplexity": "window", "writing samples": "sample",
+         "trying recipes": "recipe"}  # fmt: skip
 CHART_HEIGHT = 230
 STATE_BADGES = {
     "queued": ":gray-badge[:material/schedule: queued]", "running": ":blue-badge[:material/play_arrow: running]",

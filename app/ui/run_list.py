@@ -18,9 +18,9 @@ STATE_WORDS = {
 }  # fmt: skip
 KIND_WORDS = {
     "compress": "Compress", "measure": "Measure", "sensitivity": "Sensitivity", "inspect": "Inspect",
-    "install": "Fetch", "generate": "Generate", "desk": "Desk",
+    "install": "Fetch", "generate": "Generate", "desk": "Desk", "sweep": "Sweep", "ranks": "Ranks",
 }  # fmt: skip
-MAIN_KINDS = ("compress", "measure", "sensitivity")
+MAIN_KINDS = ("compress", "measure", "sensitivity", "sweep")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from bitpress.engine.runs.backends.local import LocalBackend
 from bitpress.engine.runs.status import ACTIVE, ALIVE, Status, change_status, has_worker, read_status
 from bitpress.engine.runs.store import Run, Store
 
-LIGHT_KINDS = ("install", "desk")  # wait for the network or a person, so they take no slot
+LIGHT_KINDS = ("install", "desk", "sweep")  # wait for the network, a person or other runs, so they take no slot
 STALE_SECONDS = 15.0  # a heartbeat older than this is no sign of life
 REMOTE_STALE_SECONDS = 120.0  # of a worker on another machine, whose pid says nothing here
 GRACE_SECONDS = 10.0  # from a worker's SIGTERM to its SIGKILL

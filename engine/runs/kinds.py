@@ -175,6 +175,13 @@ def ranks(task: Task) -> None:
     task.write("result.json", {"recipe": found.to_dict(), "trials": trials})
 
 
+def sweep(task: Task) -> None:
+    """Try many recipes, each a run of its own in the queue. Args: `plan` (see `sweep.SweepPlan`), `model`. Says `trial` after each."""
+    from bitpress.engine.runs.sweep_job import Sweep
+
+    Sweep(task).run()
+
+
 def inspection(task: Task) -> None:
     """Write `anatomy.json`, `stats/` and the method catalogue. Args: `model`."""
     loaded = _loaded(task, task.args["model"])
@@ -247,6 +254,6 @@ def desk(task: Task) -> None:
 
 KINDS: dict[str, Callable[[Task], None]] = {
     "compress": compress, "measure": measure, "sensitivity": sensitivity, "ranks": ranks, "inspect": inspection, "install": installation,
-    "generate": generation, "desk": desk,
+    "generate": generation, "desk": desk, "sweep": sweep,
 }  # fmt: skip
 
