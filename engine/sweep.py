@@ -88,7 +88,7 @@ def grid_points(plan: SweepPlan, anatomy: Anatomy) -> list[Point]:
     """Every combination of the grid, each recipe once, with the stages that its schemes ask for. Raises InputError for an axis or value
     that no recipe has, and where not one of the recipes fits the model."""
     grid, seen = plan.grid or {}, set[str]()
-    points = []
+    points: list[Point] = []
     for values in itertools.product(*grid.values()):
         point = point_of(plan.base, dict(zip(grid, values, strict=True)), anatomy, len(points))
         if point.recipe.digest() not in seen:

@@ -155,13 +155,3 @@ def check_methods(search: Search) -> None:
     if unknown:
         able = ", ".join(sorted(name for name, family in kind.items() if family == "quantize"))
         raise InputError(f"'{unknown[0]}' does not round weights.", "", f"Methods that do are {able}.")
-
-
-def front(values: Mapping[str, tuple[float, float]]) -> list[str]:
-    """The names that no other beats in both values (less is better), from the least first value on."""
-    best, found = math.inf, []
-    for name, (_, second) in sorted(values.items(), key=lambda item: item[1]):
-        if second < best:
-            best = second
-            found.append(name)
-    return found

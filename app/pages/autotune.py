@@ -19,6 +19,7 @@ from bitpress.app.ui.numbers import amount, duration, signed_percent
 from bitpress.app.ui.run_names import finished_runs
 from bitpress.app.ui.run_view import RunView
 from bitpress.app.ui.sensitivity_read import report_of
+from bitpress.app.ui.sweep_box import sweep_box
 from bitpress.app.ui.theme import AMOUNT
 from bitpress.engine.allocate import Allocation, Curve, allocate, price_of_a_byte, reasons
 from bitpress.engine.choices import Choices
@@ -51,8 +52,9 @@ def autotune() -> None:
     report = report_of(anatomy, FISHER)
     if report is None:
         measure_first(anatomy)
-        return
-    tune(anatomy, report)
+    else:
+        tune(anatomy, report)
+    sweep_box(anatomy)
 
 
 def measure_first(anatomy: Anatomy) -> None:

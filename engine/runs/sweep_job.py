@@ -1,12 +1,10 @@
 """A sweep at work: its points go to the queue as ordinary runs, and what came of each is written down. Knows runs and plans; computes nothing, torch-free.
 
-`points.json` in the sweep's folder: `{v, tag, points: [{number, name, given, digest, run, state, predicted, wrong, figures, seconds}]}`. States
-are open, finished, failed, cancelled and unfit. A finished run of the same digest is taken instead of a new one. Stopping a
-sweep cancels its runs under way, and their finished layers are kept; a resumed sweep resumes them.
+A finished run of the same digest is taken instead of a new one. Stopping a sweep cancels its runs under way, and their
+finished layers are kept; a resumed sweep resumes them.
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -20,37 +18,16 @@ from bitpress.engine.model import library
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.runs import jobs, labels
 from bitpress.engine.runs.status import Status
-from bitpress.engine.runs.store import Run, Store
+from bitpress.engine.runs.store import Store
+from bitpress.engine.runs.sweep_record import CANCELLED, FAILED, FILE, FINISHED, OPEN, UNFIT, VERSION, Record, front_of, read_points, tag_of
 from bitpress.engine.runs.task import Task
 from bitpress.engine.sweep import Point, SweepPlan, grid_points
-from bitpress.engine.sweep_search import Proposer, Tried, check_methods, front
+from bitpress.engine.sweep_search import Proposer, Tried, check_methods
 
-FILE, VERSION = "points.json", 1
 POLL_SECONDS, PUMP_SECONDS = 0.2, 1.0
 PHASE = "trying recipes"
 HOPELESS = 3  # failures one after the other, before anything worked
-OPEN, FINISHED, FAILED, CANCELLED, UNFIT = "open", "finished", "failed", "cancelled", "unfit"
 FIGURES = ("bytes", "bits_per_weight_linears", "perplexity", "kl_mean", "same_top1", "decode_tokens_per_s")
-Record = dict[str, Any]
-
-
-def tag_of(sweep_id: str) -> str:
-    """The tag that the runs of a sweep carry, so that the compare page can show them alone."""
-    return f"sweep {sweep_id[-4:]}"
-
-
-def read_points(run: Run) -> list[Record]:
-    """What a sweep has written down of its points, in their order; none before the first."""
-    try:
-        return json.loads((run.path / FILE).read_text(encoding="utf8"))["points"]
-    except (OSError, ValueError, KeyError):
-        return []
-
-
-def front_of(records: list[Record]) -> list[str]:
-    """Runs on the front of stored bytes against measured divergence, the smallest first."""
-    figures = {record["run"]: record["figures"] for record in records if record["state"] == FINISHED}
-    return front({run: (found["bytes"], found["kl_mean"]) for run, found in figures.items() if {"bytes", "kl_mean"} <= found.keys()})
 
 
 class Source(Protocol):
@@ -79,7 +56,6 @@ class SearchSource:
 
     def __init__(self, plan: SweepPlan, anatomy: Anatomy) -> None:
         assert plan.search is not None
-        check_methods(plan.search)
         report = sensitivity_file.find(anatomy.fingerprint, [sensitivity_file.FISHER])
         if report is None:
             raise BitpressError("The search has no sensitivities to start from.", "Measuring them did not keep any.", "Measure the sensitivity, then resume.")
@@ -128,6 +104,7 @@ class Sweep:
         anatomy = anatomy_of(model)
         if self.plan.search is None:
             return GridSource(self.plan, anatomy)
+        check_methods(self.plan.search)
         if sensitivity_file.find(anatomy.fingerprint, [sensitivity_file.FISHER]) is None:
             self._through("sensitivity", {"model": model}, "measuring sensitivity")
         return SearchSource(self.plan, anatomy)

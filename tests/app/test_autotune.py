@@ -1,5 +1,6 @@
 """The autotune page: slider ranges, reasons and locks as pure functions; every state of the page; verify, use, restore from the link."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.predict import predicted_kl
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.runs import jobs
+from bitpress.engine.runs.status import change_status
 from bitpress.engine.runs.store import Run, Store
 from bitpress.engine.sensitivity_file import FISHER, OPTIONS, Score, SensitivityReport
 
@@ -157,3 +159,73 @@ def test_ranges_reasons_and_locks_in_words(report: SensitivityReport, anatomy: A
     assert "nat a MB" in sentence
     assert written({part.name: "8-bit" for part in anatomy.linears if part.role == "v"}, anatomy) == "role:v=8-bit"
     assert anatomy.model == state.FIRST_MODEL
+
+
+# Trying many -------------------------------------------------------------------------------------------------------
+
+
+def sweep_in(state_: str, records: list[dict[str, Any]], total: int = 3) -> Run:
+    """A sweep on record in a state, with these points."""
+    run = Store().create("sweep", {"model": "tiny-stories", "plan": {}}, title="Search around tiny-stories")
+    (run.path / "points.json").write_text(json.dumps({"v": 1, "tag": "", "points": records}))
+    change_status(run.path, lambda _: {"state": state_, "phase": "trying recipes", "done": 1, "total": total, "eta_s": 65.0, "host": "elsewhere"})
+    return run
+
+
+def point(number: int, run: str, size: float, kl: float, **more: Any) -> dict[str, Any]:
+    figures = {"bytes": size, "kl_mean": kl, "perplexity": 6.0, "bits_per_weight_linears": 3.5}
+    return {"number": number, "name": f"plan {number}", "given": {}, "digest": None, "run": run, "state": "finished", "predicted": kl * 1.2, "wrong": "",
+            "figures": figures, "seconds": 4.0, **more}  # fmt: skip
+
+
+def test_a_search_is_started_from_the_form(report: SensitivityReport, open_page: Any) -> None:
+    app = open_page()
+    app.number_input(key="sweep-trials").set_value(6).run()
+    app.slider(key="sweep-range").set_value((3.0, 5.0)).run()
+    app.button(key="sweep-start").click().run()
+    assert not app.exception
+    (status,) = Store().list(kind="sweep")
+    plan = Store().get(status.id).request()["args"]["plan"]
+    assert plan["search"] == {"trials": 6, "low": 3.0, "high": 5.0, "methods": ["rtn"]}
+    assert plan["base"]["model"] == "tiny-stories"
+    assert app.button(key="sweep-pause")
+
+
+def test_a_grid_needs_no_scores_and_says_how_many_it_makes(app_home: Path, open_page: Any) -> None:
+    app = open_page()
+    app.segmented_control(key="sweep-way").set_value("grid").run()
+    assert app.button(key="sweep-start").disabled
+    app.multiselect(key="sweep-bits").set_value([3, 4]).run()
+    app.multiselect(key="sweep-sparsity").set_value([0, "2:4"]).run()
+    assert "4 recipes" in said(app)
+    app.button(key="sweep-start").click().run()
+    assert not app.exception
+    (status,) = Store().list(kind="sweep")
+    assert Store().get(status.id).request()["args"]["plan"]["grid"] == {"bits": [3, 4], "sparsity": [0, "2:4"]}
+
+
+def test_a_sweep_at_work_can_be_paused_and_a_paused_one_resumed(report: SensitivityReport, open_page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(jobs, "cancel", asked.append)
+    monkeypatch.setattr(jobs, "resume", asked.append)
+    run = sweep_in("running", [point(0, "a", 2e6, 0.2)])
+    app = open_page()
+    app.button(key="sweep-pause").click().run()
+    assert asked == [run.id]
+    change_status(run.path, lambda _: {"state": "cancelled"})
+    app = open_page()
+    assert "paused" in said(app)
+    assert "1 of 3 recipes" in said(app)
+    app.button(key="sweep-resume").click().run()
+    assert asked == [run.id, run.id]
+
+
+def test_the_table_of_a_sweep_marks_its_front_and_says_what_failed(report: SensitivityReport, open_page: Any) -> None:
+    records = [point(0, "a", 2e6, 0.2), point(1, "b", 3e6, 0.3), point(2, "c", 4e6, 0.1)]
+    records.append(point(3, "d", 0, 0, state="failed", figures={}, wrong="The disk is full."))
+    sweep_in("finished", records, 4)
+    app = open_page()
+    table = next(frame.value for frame in app.dataframe if "recipe" in frame.value)
+    assert list(table["front"]) == ["◆", "", "◆", ""]
+    assert list(table["why not"])[3] == "The disk is full."
+    assert app.button(key="sweep-compare")

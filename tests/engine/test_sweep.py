@@ -14,9 +14,10 @@ from bitpress.engine.errors import InputError
 from bitpress.engine.methods.registry import write_catalogue
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import Recipe
+from bitpress.engine.runs.sweep_record import front
 from bitpress.engine.sensitivity_file import FISHER, OPTIONS, Score, SensitivityReport
 from bitpress.engine.sweep import Search, SweepPlan, grid_points, set_axis
-from bitpress.engine.sweep_search import Proposer, Tried, check_methods, front
+from bitpress.engine.sweep_search import Proposer, Tried, check_methods
 
 BASE: dict[str, Any] = {"model": "paper", "schemes": [{"match": "*", "weights": {"bits": 4, "group_size": 32}}], "stages": [{"method": "rtn"}]}
 HARM = {"8-bit": 1e-5, "4-bit": 4e-3, "3-bit": 2e-2, "2-bit": 0.12}
