@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bitpress.engine.calibrate import Call, enter
 from bitpress.engine.errors import InputError
 from bitpress.engine.measure.logits import Scorer, scorer_of, slices
+from bitpress.engine.methods.repair import inverse_root
 from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.model.surgery import get
 from bitpress.engine.scene import BATCH, LAYOUT, Scene
@@ -176,6 +177,21 @@ def knowledge_loss(teacher: Scorer, teacher_PD: Tensor, temperature: float) -> L
     return loss
 
 
+def drawn_loss(teacher: Scorer, teacher_PD: Tensor, temperature: float, seed: int) -> Loss:
+    """T times the negative log-likelihood, softened by T, of tokens drawn from the teacher's softened predictions.
+
+    At a student that equals its teacher its gradient is zero on average, and half its square is the second-order term of `knowledge_loss`.
+    """
+    luck = torch.Generator().manual_seed(seed)
+
+    def loss(logits_PV: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            drawn_P = torch.multinomial((teacher.logits(teacher_PD[part]) / temperature).softmax(-1), 1, generator=luck)[:, 0]
+        return temperature * torch.nn.functional.cross_entropy(logits_PV / temperature, drawn_P, reduction="sum")
+
+    return loss
+
+
 def mask_gradients(scene: Scene, keys: list[Key], loss_of: Callable[[int, Tensor], Loss], student: Stream | None = None) -> Iterator[dict[Key, Tensor]]:
     """Batch by batch the gradient of the mean loss in the masks of some sublayers' features, [F] each, float32, at masks of one.
 
@@ -207,25 +223,44 @@ class Moments(NamedTuple):
 
 
 @torch.no_grad()
-def feature_moments(scene: Scene, keys: list[Key], skip_first: bool = False) -> dict[Key, Moments]:
-    """The moments of several sublayers' features in one pass. skip_first: leave out the first token of every sequence."""
+def feature_moments(scene: Scene, keys: list[Key], skip_first: bool = False, weigh: bool = False) -> dict[Key, Moments]:
+    """The moments of several sublayers' features in one pass. skip_first: leave out the first token of every sequence.
+
+    weigh: a token counts 1 over the mean square of what its block puts out, as it does for the norm that reads it.
+    """
     sums: dict[Key, list[Tensor]] = {}
     anatomy = scene.anatomy  # made anew at every look
     with ExitStack() as stack:
         scorer = scorer_of(scene.model)
+        blocks = list(get(scene.model, anatomy.block_prefix).children())
+        held: dict[Key, Tensor] = {}
         for key in keys:
             module = get(scene.model, last_matrix(anatomy, key).name)
-            stack.callback(module.register_forward_pre_hook(_summer(sums, key, int(skip_first))).remove)
+            stack.callback(module.register_forward_pre_hook(_holder(held, key)).remove)
+        for block in {key.block for key in keys}:
+            stack.callback(blocks[block].register_forward_hook(_summer(sums, held, int(skip_first), weigh)).remove)
         for ids_BL in scene.batches(BATCH):
             scorer.hidden(ids_BL)
     tokens = len(scene.ids_SL) * (scene.ids_SL.shape[1] - int(skip_first))
     return {key: Moments(total / tokens, squares / tokens) for key, (total, squares) in sums.items()}
 
 
-def _summer(sums: dict[Key, list[Tensor]], key: Key, start: int) -> Callable[..., None]:
-    def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x_MF = args[0][:, start:].flatten(0, 1).float()
-        new = [x_MF.sum(0, dtype=torch.float64), x_MF.square().sum(0, dtype=torch.float64)]
-        sums[key] = [old + more for old, more in zip(sums[key], new, strict=True)] if key in sums else new
+def _holder(held: dict[Key, Tensor], key: Key) -> Callable[..., None]:
+    def hold(module: nn.Module, args: tuple[Any, ...]) -> None:
+        held[key] = args[0]
+
+    return hold
+
+
+def _summer(sums: dict[Key, list[Tensor]], held: dict[Key, Tensor], start: int, weigh: bool) -> Callable[..., None]:
+    """At the end of a block: add what its sublayers hold."""
+
+    def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        stream_BLd = output if isinstance(output, Tensor) else output[0]
+        root_BL1 = inverse_root(stream_BLd) if weigh else torch.ones(())
+        for key in list(held):
+            x_MF = (held.pop(key).float() * root_BL1)[:, start:].flatten(0, 1)
+            new = [x_MF.sum(0, dtype=torch.float64), x_MF.square().sum(0, dtype=torch.float64)]
+            sums[key] = [old + more for old, more in zip(sums[key], new, strict=True)] if key in sums else new
 
     return add

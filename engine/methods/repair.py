@@ -31,13 +31,18 @@ def sums_of(features: list[Tensor], wanted: list[Tensor], goal: list[Tensor]) ->
     gram_FF, cross_Fd = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, wanted[0].shape[-1], dtype=torch.float64)
     total_F = torch.zeros(width, dtype=torch.float64)
     for x_BLF, y_BLd, goal_BLd in zip(features, wanted, goal, strict=True):
-        root_M1 = goal_BLd.flatten(0, 1).float().square().mean(1, keepdim=True).clamp_min(1e-12).rsqrt()
+        root_M1 = inverse_root(goal_BLd.flatten(0, 1))
         x_MF, y_Md = root_M1 * x_BLF.flatten(0, 1).float(), root_M1 * y_BLd.flatten(0, 1).float()
         gram_FF += (x_MF.t() @ x_MF).double()
         cross_Fd += (x_MF.t() @ y_Md).double()
         total_F += (root_M1 * x_MF).sum(0, dtype=torch.float64)
         weight += float(root_M1.square().sum(dtype=torch.float64))
     return Sums(gram_FF, cross_Fd, total_F / weight)
+
+
+def inverse_root(stream_d: Tensor) -> Tensor:
+    """What a norm multiplies a token by: 1 over the root of the mean square, float32 [..., 1]."""
+    return stream_d.float().square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
 
 
 def repaired(how: Repairing, weight_dF: Tensor, kept_F: Tensor, groups_F: Tensor, sums: Sums) -> tuple[Tensor, Tensor | None]:

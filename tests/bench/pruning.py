@@ -1,6 +1,7 @@
 """What pruning costs on SmolLM2-135M: zeros, structure and depth, each beside the dense model on the same windows, with 95% intervals.
 
 Run it as a program: `python tests/bench/pruning.py unstructured|structured|depth`. A table goes to stderr, rows as JSON to stdout.
+`--rows FILE` keeps every row as it comes, and leaves out what the file already holds, so that a long table is made in several goes.
 `--llmcompressor PYTHON` names the interpreter of an environment that holds llm-compressor; without it its rows are left out and said to be.
 """
 
@@ -53,10 +54,18 @@ class Bench:
         self.loaded: Loaded = load(asked.model)
         self.ids_NT = windows(self.loaded, asked.windows, asked.length)
         self.text: CalibrationSet = calibration_set(self.loaded, Calibration(sequences=asked.sequences, length=asked.calibration_length))
-        self.rows: list[Row] = []
+        self.kept: Path | None = asked.rows
+        lines = self.kept.read_text().splitlines() if self.kept and self.kept.exists() else []
+        self.rows = [Row(**json.loads(line)) for line in lines]
 
-    def add(self, name: str, fields: dict[str, Any]) -> Compressed:
-        """Make a recipe's model and measure it."""
+    def has(self, name: str) -> bool:
+        """Whether a row is there from an earlier go."""
+        return any(row.name == name for row in self.rows)
+
+    def add(self, name: str, fields: dict[str, Any]) -> Compressed | None:
+        """Make a recipe's model and measure it; None when that was done in an earlier go."""
+        if self.has(name):
+            return None
         plan = Recipe.from_dict({"model": self.loaded.model_id, **fields})
         made = compress(self.loaded, plan, calibration=self.text)
         self.judge(name, made.model, made.recipe, made.seconds)
@@ -74,6 +83,9 @@ class Bench:
         linears = recipe.reduced(anatomy).linear_params / anatomy.linear_params
         flops = flops_per_token(recipe, anatomy) / flops_per_token(None, anatomy)
         self.rows.append(Row(name, ratio.mean, ratio.low, ratio.high, perplexity(quality.nll), linears, flops, round(seconds, 1)))
+        if self.kept:
+            with self.kept.open("a") as file:
+                file.write(json.dumps(asdict(self.rows[-1])) + "\n")
         print(f"{name:44} x{ratio.mean:8.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  linears {linears:.1%}  FLOPs {flops:.1%}  {seconds:.0f} s", file=sys.stderr)
 
 
@@ -100,6 +112,9 @@ def unstructured(bench: Bench, asked: argparse.Namespace) -> None:
 
 def rival(bench: Bench, python: str, method: str, pattern: str) -> None:
     """llm-compressor's result on the same calibration tokens, measured by the same code."""
+    name = f"llm-compressor {method} {pattern}"
+    if bench.has(name):
+        return
     with tempfile.TemporaryDirectory() as folder:
         ids = Path(folder) / "ids.json"
         ids.write_text(json.dumps(bench.text.ids_SL.tolist()))
@@ -109,7 +124,7 @@ def rival(bench: Bench, python: str, method: str, pattern: str) -> None:
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
         model = load(f"{folder}/made").model
-        bench.judge(f"llm-compressor {method} {pattern}", model, Recipe(model=bench.loaded.model_id), time.perf_counter() - began)
+        bench.judge(name, model, Recipe(model=bench.loaded.model_id), time.perf_counter() - began)
 
 
 def structured(bench: Bench, asked: argparse.Namespace) -> None:
@@ -130,12 +145,12 @@ def staged(method: str, options: dict[str, Any]) -> dict[str, Any]:
 def depth(bench: Bench, asked: argparse.Namespace) -> None:
     """Half of the blocks gone: perplexity without training, and for LayerChop the speed against what its bytes and FLOPs allow."""
     for choice in ("max-gap", "input", "output", "middle", "both"):
-        made = bench.add(f"layerchop {choice}", staged("layerchop", {"remove": 0.5, "choice": choice}))
+        bench.add(f"layerchop {choice}", staged("layerchop", {"remove": 0.5, "choice": choice}))
     bench.add("shortgpt", staged("shortgpt", {"remove": 0.5}))
     for bits in (16, 8):
         fields = staged("layerchop", {"remove": 0.5}) | ({"embedding": {"bits": bits}} if bits < 16 else {})
-        made = bench.add(f"layerchop, {bits}-bit head", fields)
-        speed(bench, made, bits)
+        if made := bench.add(f"layerchop, {bits}-bit head", fields):
+            speed(bench, made, bits)
 
 
 def speed(bench: Bench, made: Compressed, bits: int) -> None:
@@ -162,6 +177,7 @@ if __name__ == "__main__":
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--calibration-length", type=int, default=512)
+    parser.add_argument("--rows", type=Path, help="file that keeps the rows, one JSON object a line")
     parser.add_argument("--llmcompressor", help="interpreter of an environment that holds llm-compressor")
     parser.add_argument("--patterns", nargs="+", default=["unstructured", "2:4"])
     parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "sparsegpt"])

@@ -15,7 +15,7 @@ from bitpress.engine.methods.repair import Repairing
 from bitpress.engine.methods.structured import Scores, StructuredMethod, StructuredOptions, Units, budget_of, remove_bottom_up, select
 from bitpress.engine.model.surgery import get, linear_weight, twin
 from bitpress.engine.scene import Scene
-from bitpress.engine.sublayers import Caught, Key, Stream, feature_moments, knowledge_loss, last_matrix, mask_gradients
+from bitpress.engine.sublayers import Caught, Key, Loss, Stream, drawn_loss, feature_moments, knowledge_loss, last_matrix, mask_gradients, task_loss
 
 
 class KPruneOptions(StructuredOptions):
@@ -29,10 +29,15 @@ class KPruneOptions(StructuredOptions):
         title="Knowledge measured",
         description="Anew at every sublayer, as the authors do; at every block, in half the time; or once, in a few minutes at most.",
     )
+    predictive_from: Literal["drawn", "drift", "text"] = Field(
+        default="drawn",
+        title="Predictions known from",
+        description="Tokens drawn from the dense model's predictions; the drift from them so far, as the authors do, which is nothing at first; or the text.",
+    )
     temperature: float = Field(default=2.0, gt=0.0, le=20.0, title="Temperature", description="Softens both models' predictions.")
     predictive: float = Field(default=1.0, ge=0.0, le=1e6, title="Weight of predictive knowledge", description="How much the predictions count.")
-    representational: float = Field(default=2.5e-4, ge=0.0, le=1e6, title="Weight of representational knowledge", description="How much the outputs count.")
-    heads_weight: float = Field(default=64.0, gt=0.0, le=1e6, title="Weight of heads", description="What a head counts beside a neuron of the same knowledge.")
+    representational: float = Field(default=0.25, ge=0.0, le=1e6, title="Weight of representational knowledge", description="How much the outputs count.")
+    heads_weight: float = Field(default=1.0, gt=0.0, le=1e6, title="Weight of heads", description="What a head counts beside neurons of the same cost.")
     skip_first: bool = Field(
         default=True, title="Leave out first tokens", description="The first token of a sequence is huge in causal models and would decide alone."
     )
@@ -87,31 +92,43 @@ class Knowledge:
             self.taught = [self.teacher.hidden(ids_BL)[:, :-1].flatten(0, 1) for ids_BL in scene.batches()]
 
     def scores(self, keys: list[Key], student: Stream | None) -> Scores:
-        """(lam_rep K_rep + lam_pred K_pred) / F of every unit of these sublayers, heads times their weight."""
+        """(lam_rep K_rep + lam_pred K_pred) / F of every unit of these sublayers, heads times their weight; each kind as a share of its sum."""
         options = self.options
-        predictive, representational = self.predictive(keys, student), self.representational(keys)
+        predictive, representational = shares(self.predictive(keys, student)), shares(self.representational(keys))
         found: Scores = {}
         for key in keys:
             value_F = options.representational * representational[key] + options.predictive * predictive[key]
             weight = options.heads_weight if key.kind == "heads" else 1.0
-            found[key] = weight * self.units.per_unit(key, value_F, Tensor.mean) / self.units.cost(key)
+            found[key] = weight * self.units.per_unit(key, value_F) / self.units.cost(key)
         return found
 
     def predictive(self, keys: list[Key], student: Stream | None) -> dict[Key, Tensor]:
-        """Per feature: sum over batches of half the squared gradient of T^2 KL in its mask, over the number of sequences."""
-        loss = lambda number, _: knowledge_loss(self.teacher, self.taught[number], self.options.temperature)  # noqa: E731
+        """Per feature: sum over batches of half the squared gradient of the loss in its mask, over the number of sequences."""
         anatomy = self.scene.anatomy  # made anew at every look
         found = {key: torch.zeros(last_matrix(anatomy, key).in_features, dtype=torch.float64) for key in keys}
-        for batch in mask_gradients(self.scene, keys, loss, student):
+        for batch in mask_gradients(self.scene, keys, self._loss, student):
             for key, gradient_F in batch.items():
                 found[key] += 0.5 * gradient_F.double().square()
         return {key: total_F / len(self.scene.ids_SL) for key, total_F in found.items()}
 
+    def _loss(self, number: int, ids_BL: Tensor) -> Loss:
+        if self.options.predictive_from == "text":
+            return task_loss(ids_BL)
+        if self.options.predictive_from == "drift":
+            return knowledge_loss(self.teacher, self.taught[number], self.options.temperature)
+        return drawn_loss(self.teacher, self.taught[number], self.options.temperature, number)
+
     def representational(self, keys: list[Key]) -> dict[Key, Tensor]:
-        """Per feature: its mean square times the mean square of its column of the last matrix."""
-        moments, anatomy = feature_moments(self.scene, keys, self.options.skip_first), self.scene.anatomy
+        """Per feature: its mean square, over that of the residual stream token by token, times the mean square of its column of the last matrix."""
+        moments, anatomy = feature_moments(self.scene, keys, self.options.skip_first, weigh=True), self.scene.anatomy
 
         def column_squares(key: Key) -> Tensor:
             return linear_weight(get(self.scene.model, last_matrix(anatomy, key).name)).double().square().mean(0)
 
         return {key: moments[key].square_F * column_squares(key) for key in keys}
+
+
+def shares(values: dict[Key, Tensor]) -> dict[Key, Tensor]:
+    """The same values over their sum; zeros stay zeros."""
+    total = sum(float(value_F.sum()) for value_F in values.values())
+    return {key: value_F / total if total > 0 else value_F for key, value_F in values.items()}

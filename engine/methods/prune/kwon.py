@@ -93,17 +93,17 @@ def _taken(units: Units, ranked: dict[str, list[tuple[float, Key, int]]], counts
 def rearranged(stay: list[int], gradient_UB: Tensor) -> list[int]:
     """The same number of units, swapped so that the summed gradient of those that go is small: in ascending order of Fisher
     information each kept unit is put among the gone, and the member goes back whose leaving makes the norm of the sum least."""
-    held, fisher_U = set(stay), gradient_UB.square().sum(1)
-    gone = [unit for unit in range(len(gradient_UB)) if unit not in held]
-    if not gone or not held:
+    square_U = gradient_UB.square().sum(1)
+    gone_U = torch.ones(len(gradient_UB), dtype=torch.bool)
+    gone_U[stay] = False
+    if gone_U.all() or not gone_U.any():
         return sorted(stay)
-    total_B = gradient_UB[gone].sum(0)
-    for unit in sorted(held, key=lambda unit: float(fisher_U[unit])):
-        members = [*gone, unit]
+    total_B = gradient_UB[gone_U].sum(0)
+    for unit in sorted(stay, key=square_U.tolist().__getitem__):
+        gone_U[unit] = True
         total_B = total_B + gradient_UB[unit]
-        norms_M = (total_B - gradient_UB[members]).square().sum(1)
-        leaving = members[int(norms_M.argmin())]
+        without_U = square_U - 2 * (gradient_UB @ total_B)  # ||total - g||^2 but for ||total||^2, which is the same for all
+        leaving = int(without_U.masked_fill(~gone_U, float("inf")).argmin())
+        gone_U[leaving] = False
         total_B = total_B - gradient_UB[leaving]
-        gone = [member for member in members if member != leaving]
-    lost = set(gone)
-    return [unit for unit in range(len(gradient_UB)) if unit not in lost]
+    return (~gone_U).nonzero()[:, 0].tolist()

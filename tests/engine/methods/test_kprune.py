@@ -1,6 +1,7 @@
 """K-pruning and the other structured scores, each against its definition."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from bitpress.engine.calibration_set import CalibrationSet
 from bitpress.engine.compress import compress
 from bitpress.engine.measure.logits import scorer_of
 from bitpress.engine.methods import registry
-from bitpress.engine.methods.prune.kprune import Knowledge, KPruneOptions
+from bitpress.engine.methods.prune.kprune import Knowledge, KPruneOptions, shares
 from bitpress.engine.methods.prune.kwon import rearranged
 from bitpress.engine.methods.prune.mope import Trial
 from bitpress.engine.methods.structured import StructuredOptions, Units
@@ -18,7 +19,7 @@ from bitpress.engine.model.load import Loaded
 from bitpress.engine.model.surgery import get, linear_weight
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.scene import Scene
-from bitpress.engine.sublayers import Key, Stream, feature_moments, mask_gradients, task_loss
+from bitpress.engine.sublayers import Key, Stream, drawn_loss, feature_moments, knowledge_loss, mask_gradients, task_loss
 
 Build = Callable[..., Loaded]
 IDS = torch.randint(2, 300, (4, 24), generator=torch.Generator().manual_seed(1))
@@ -60,8 +61,8 @@ def test_mask_gradients_are_those_of_a_finite_difference(scene: Scene) -> None:
     assert float(found[key][neuron]) == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=0.02)
 
 
-def test_predictive_knowledge_is_zero_until_something_has_gone(scene: Scene) -> None:
-    options = KPruneOptions()
+def test_drift_is_zero_until_something_has_gone(scene: Scene) -> None:
+    options = KPruneOptions(predictive_from="drift")
     units = Units(scene, options)
     knowledge = Knowledge(scene, units, options)
     assert max(float(value.max()) for value in knowledge.predictive(units.keys, None).values()) < 1e-12
@@ -71,15 +72,40 @@ def test_predictive_knowledge_is_zero_until_something_has_gone(scene: Scene) -> 
 
 
 def test_representational_knowledge_is_as_defined(scene: Scene) -> None:
-    options, key, heard = KPruneOptions(), Key(2, "neurons"), []
-    down = get(scene.model, "model.layers.2.mlp.down_proj")
-    handle = down.register_forward_pre_hook(lambda _, args: heard.append(args[0]))
+    options, key, heard, streams = KPruneOptions(), Key(1, "neurons"), [], []
+    down, block = get(scene.model, "model.layers.1.mlp.down_proj"), get(scene.model, "model.layers.1")
+    handles = [down.register_forward_pre_hook(lambda _, args: heard.append(args[0])), block.register_forward_hook(lambda *said: streams.append(said[2]))]
     scene.model(input_ids=IDS)
-    handle.remove()
-    x_MF, weight_dF = heard[0][:, 1:].flatten(0, 1), linear_weight(down)
-    expected = x_MF.square().mean(0) * weight_dF.square().mean(0)
+    for handle in handles:
+        handle.remove()
+    stream_BLd = streams[0] if isinstance(streams[0], torch.Tensor) else streams[0][0]
+    x_BLF = heard[0] / stream_BLd.square().mean(-1, keepdim=True).sqrt()  # each token as large as the next norm sees it
+    expected = x_BLF[:, 1:].flatten(0, 1).square().mean(0) * linear_weight(down).square().mean(0)
     found = Knowledge(scene, Units(scene, options), options).representational([key])[key]
     assert torch.allclose(found.float(), expected, rtol=1e-3)
+
+
+def test_drawn_tokens_measure_the_curvature_of_the_divergence(scene: Scene) -> None:
+    """Half the mean squared gradient of single positions' drawn losses is the second-order term of T^2 KL around the teacher."""
+    temperature, positions = 2.0, slice(0, 1)
+    teacher_PV = 3 * torch.randn(1, 12, generator=torch.Generator().manual_seed(3))
+    scorer: Any = SimpleNamespace(logits=lambda hidden_PD: hidden_PD)
+    toward_V, squares = torch.linspace(-1, 1, 12), []
+    for seed in range(3000):
+        shift = torch.zeros((), requires_grad=True)
+        drawn_loss(scorer, teacher_PV, temperature, seed)(teacher_PV + shift * toward_V, positions).backward()
+        squares.append(float(shift.grad) ** 2)  # type: ignore[arg-type]
+    step = 0.05
+    divergence = float(knowledge_loss(scorer, teacher_PV, temperature)(teacher_PV + step * toward_V, positions))
+    assert sum(squares) / len(squares) / 2 == pytest.approx(divergence / step**2, rel=0.1)
+
+
+def test_shares_add_up_to_one_and_nothing_stays_nothing() -> None:
+    key, other = Key(0, "heads"), Key(0, "neurons")
+    found = shares({key: torch.tensor([1.0, 2.0]), other: torch.tensor([5.0])})
+    assert found[key].tolist() == [0.125, 0.25]
+    assert found[other].tolist() == [0.625]
+    assert shares({key: torch.zeros(2)})[key].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("measured", ["sublayer", "block", "once"])
