@@ -251,6 +251,8 @@ def structure_words(structure: Structure, anatomy: Anatomy) -> str:
     """What of the blocks stays, in a few words."""
     units = structure.units(anatomy)
     gone = set(structure.dropped(anatomy.blocks))
+    if structure.stream:
+        return f"{structure.stream.width} of {anatomy.hidden} channels between the blocks"
     left = [units.get(block, anatomy.units) for block in range(anatomy.blocks) if block not in gone]
     heads, neurons = sum(unit.heads for unit in left), sum(unit.neurons for unit in left)
     if len(left) == anatomy.blocks and heads == anatomy.blocks * anatomy.heads and neurons == anatomy.blocks * anatomy.ffn:

@@ -148,6 +148,9 @@ def _rest_params(recipe: Recipe, anatomy: Anatomy) -> int:
     rest = anatomy.params - anatomy.linear_params - ends
     lost = sum(anatomy.by_name[part.name].out_features - part.out_features for part in recipe.reduced(anatomy).linears if part.bias)
     added = sum(anatomy.by_name[name].out_features for name in recipe.structure.added_biases or ())
+    stream = recipe.structure.stream
+    if stream:  # two norms a block get narrower, and matrices turn the hidden states
+        added += stream.turns(anatomy.hidden, anatomy.blocks) - 2 * anatomy.blocks * (anatomy.hidden - stream.width)
     return rest - len(recipe.dropped_blocks(anatomy)) * anatomy.block_rest_params - lost + added
 
 
@@ -159,6 +162,8 @@ def flops_per_token(recipe: Recipe | None, anatomy: Anatomy, context: int = 0) -
     reduced = recipe.reduced(anatomy) if recipe else anatomy
     linears = linear_multiplies(recipe, anatomy) if recipe else anatomy.linear_params
     heads = sum(reduced.units_of(block).heads for block in reduced.present)
+    if recipe and (stream := recipe.structure.stream):
+        linears += stream.turns(anatomy.hidden, anatomy.blocks) + (0 if stream.by_block else anatomy.hidden * stream.width)
     return 2 * linears + 2 * anatomy.vocab * anatomy.hidden + 4 * context * heads * anatomy.head_dim
 
 

@@ -142,7 +142,8 @@ class Recipe(Strict):
 
     def reduced(self, anatomy: Anatomy) -> Anatomy:
         """The anatomy that `structure` leaves, under the dense model's names and block numbers."""
-        return anatomy.reduced(self.dropped_blocks(anatomy), self.structure.units(anatomy))
+        stream = self.structure.stream
+        return anatomy.reduced(self.dropped_blocks(anatomy), self.structure.units(anatomy), stream.width if stream else None)
 
     def resolve(self, anatomy: Anatomy) -> dict[str, Scheme]:
         """The scheme of every block linear that stays, by layer name, in the order in which the layers run."""

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from bitpress.engine.errors import BitpressError, Cancelled, InputError
-from bitpress.engine.model import slicing, surgery
+from bitpress.engine.model import narrow, slicing, surgery
 from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.model.load import Loaded, compute_dtype
 from bitpress.engine.recipe import Recipe, Scheme
-from bitpress.engine.structure import Structure, then
+from bitpress.engine.structure import Stream, Structure, then
 from bitpress.engine.targets import matches
 
 BATCH = 4
+ONLY_ONE = "Leave out `slicegpt`, or what removes blocks, heads or neurons."
 LAYOUT = "Choose a Llama, Mistral, Qwen, OPT or a similar model."
 
 
@@ -42,6 +43,7 @@ class Scene:
         self.structure = Structure(**numbers)  # what has gone so far, by the dense model's numbers
         self.ratios: dict[str, float] = {}  # share of zeros by the dense model's layer names, where a method has set it
         self.repaired: set[str] = set()  # weights and biases that a method has set, by the dense model's names
+        self.sliced: dict[str, Tensor] = {}  # every weight of a model whose hidden states have been made narrower
         self.targets = "*"
 
     @cached_property
@@ -101,6 +103,8 @@ class Scene:
 
     def cut(self, drop_blocks: list[int] | None = None, heads: Mapping[int, list[int]] | None = None, neurons: Mapping[int, list[int]] | None = None) -> None:
         """Take blocks, or heads and neurons of blocks, out of the model, by its own numbers."""
+        if self.structure.stream:
+            raise InputError("No more can be removed.", "The hidden states are sliced, which mixes heads, neurons and blocks' inputs.", ONLY_ONE)
         gone = Structure(drop_blocks=drop_blocks or [], remove_heads=dict(heads or {}), remove_neurons=dict(neurons or {}))
         anatomy = self.anatomy
         if "model" in vars(self):
@@ -108,6 +112,15 @@ class Scene:
             if drop_blocks:
                 surgery.drop_blocks(self.model, anatomy, drop_blocks)
         self.structure = then(self.structure, gone, self.dense)
+
+    def slim(self, stream: Stream, tensors: dict[str, Tensor]) -> None:
+        """Make the hidden states inside the blocks narrower; tensors: all weights that change, and the turns."""
+        self.structure, self.sliced = self.structure.model_copy(update={"stream": stream}), tensors
+
+    def must_be_whole(self) -> None:
+        """Raise InputError when parts are gone already."""
+        if self.structure.dropped(self.dense.blocks) or self.structure.remove_heads or self.structure.remove_neurons:
+            raise InputError("The hidden states cannot be sliced.", "Blocks, heads or neurons are gone already.", ONLY_ONE)
 
     def set_weight(self, name: str, weight_NK: Tensor) -> None:
         """Give a linear of the model new weights; they are kept with the run."""
@@ -135,7 +148,8 @@ class Scene:
         dtype = next(self.loaded.model.parameters()).dtype
         own = {self.dense_name(part.name): surgery.get(self.model, part.name) for part in self.anatomy.linears} if self.repaired else {}
         kept = [name for name in sorted(self.repaired) if name.rpartition(".")[0] in own]
-        return {name: getattr(own[name.rpartition(".")[0]], name.rpartition(".")[2]).detach().to(dtype) for name in kept}
+        repaired = {name: getattr(own[name.rpartition(".")[0]], name.rpartition(".")[2]).detach().to(dtype) for name in kept}
+        return repaired | {name: tensor.to(dtype).contiguous() for name, tensor in self.sliced.items()}
 
 
 def moved(reduced: Anatomy, survivors: list[int]) -> Anatomy:
@@ -159,6 +173,8 @@ def reshape(model: nn.Module, anatomy: Anatomy, structure: Structure) -> dict[in
     gone = structure.dropped(anatomy.blocks)
     _cut_units(model, anatomy, structure)
     places = surgery.drop_blocks(model, anatomy, gone) if gone else {block: block for block in range(anatomy.blocks)}
+    if structure.stream:
+        narrow.narrow(model, anatomy, structure.stream.width, structure.stream.by_block)
     if structure.remove_heads or structure.remove_neurons:
         reduced = anatomy.reduced(gone, structure.units(anatomy))
         slicing.describe_units(model, [reduced.units_of(block) for block in reduced.present])
@@ -177,9 +193,9 @@ def _cut_units(model: nn.Module, anatomy: Anatomy, structure: Structure) -> None
 
 @torch.no_grad()
 def load_repaired(model: nn.Module, tensors: Mapping[str, Tensor], places: Mapping[str, str]) -> None:
-    """Put repaired weights and biases into a model; places: where each linear of the dense model is in it."""
+    """Put repaired weights and biases into a model; places: where each linear of the dense model is in it, others being where they are named."""
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
-        module = surgery.get(model, places[layer])
+        module = surgery.get(model, places.get(layer, layer))
         old = next(module.parameters())
         setattr(module, kind, nn.Parameter(tensor.to(old), requires_grad=False))

@@ -77,6 +77,10 @@ def summary(made: Recipe, anatomy: Anatomy) -> str:
     share = 1 - reduced.linear_params / anatomy.linear_params
     heads, neurons = sum(unit.heads for unit in units), sum(unit.neurons for unit in units)
     counts = f"{heads} of {anatomy.blocks * anatomy.heads} heads, {neurons:,} of {anatomy.blocks * anatomy.ffn:,} neurons"
+    if stream := made.structure.stream:
+        extra = stream.turns(anatomy.hidden, anatomy.blocks) / anatomy.linear_params
+        counts = f"{stream.width} of {anatomy.hidden} channels between them"
+        return f"{len(units)} of {anatomy.blocks} blocks, {counts} stay; {share:.1%} of the block linears' weights are gone, and {extra:.1%} came to turn them."
     return f"{len(units)} of {anatomy.blocks} blocks, {counts} stay; {share:.1%} of the block linears' weights are gone."
 
 

@@ -1,4 +1,4 @@
-"""What of a model's shape goes: blocks, heads, neurons. Knows numbers and names; no weights, and no torch.
+"""What of a model's shape goes: blocks, heads, neurons, width of the hidden states. Knows numbers and names; no weights, and no torch.
 
 A structure names its parts by number (`drop_blocks`, `remove_heads`, `remove_neurons`) or gives shares (`heads`, `neurons`)
 that a stage turns into numbers. The first and the last block may be dropped by number, though no method does that.
@@ -24,6 +24,17 @@ class UnitShare(Strict):
     keep: Keep
 
 
+class Stream(Strict):
+    """The hidden states inside the blocks have `width` channels; by_block: every block its own, with a matrix between two of them."""
+
+    width: Whole
+    by_block: bool = False
+
+    def turns(self, hidden: int, blocks: int) -> int:
+        """Weights of the matrices that turn the hidden states on their way; one shared by all blocks is there once and used twice."""
+        return (2 * hidden + (blocks - 1) * self.width) * self.width if self.by_block else hidden * self.width
+
+
 class Structure(Strict):
     """What changes the model's shape.
 
@@ -37,6 +48,7 @@ class Structure(Strict):
     heads: UnitShare | list[UnitShare] | None = None
     neurons: UnitShare | list[UnitShare] | None = None
     share_blocks: list[list[Whole]] = Field(default_factory=list)
+    stream: Stream | None = None  # as a stage has chosen it, which keeps the directions with the run
     added_biases: list[str] | None = None  # layers to which a repair gave a bias, by the dense model's names
 
     @property
@@ -96,7 +108,18 @@ Problems = list[tuple[str, str, str]]  # (field, what is wrong, what would be ri
 
 def structure_problems(structure: Structure, anatomy: Anatomy) -> Problems:
     """What of a structure does not fit a model."""
-    return [*_block_problems(structure, anatomy), *_head_problems(structure, anatomy), *_neuron_problems(structure, anatomy)]
+    of_units = [*_head_problems(structure, anatomy), *_neuron_problems(structure, anatomy)]
+    return [*_block_problems(structure, anatomy), *of_units, *_stream_problems(structure, anatomy)]
+
+
+def _stream_problems(structure: Structure, anatomy: Anatomy) -> Problems:
+    if structure.stream is None:
+        return []
+    if not 0 < structure.stream.width <= anatomy.hidden:
+        return [("structure.stream.width", f"The hidden states have {anatomy.hidden} channels.", f"Keep 1 to {anatomy.hidden} of them.")]
+    if structure.drop_blocks or structure.remove_heads or structure.remove_neurons or structure.shares:
+        return [("structure.stream", "Narrower hidden states do not go with removed blocks, heads or neurons.", "Leave out one of the two.")]
+    return []
 
 
 def _block_problems(structure: Structure, anatomy: Anatomy) -> Problems:

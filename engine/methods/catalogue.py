@@ -103,6 +103,9 @@ def _unserved(recipe: Recipe, entries: dict[str, dict[str, Any]]) -> list[Proble
     asked = {"structure.share_blocks": recipe.structure.share_blocks}
     wrong = "No method in this Bitpress does this."
     found = [Problem(field=name, wrong=wrong, right="Remove the field.") for name, value in asked.items() if value]
+    if recipe.structure.stream:
+        wrong = "The directions of the hidden states are a stage's to choose."
+        found.append(Problem(field="structure.stream", wrong=wrong, right="Remove the field, and add a stage `method: slicegpt`."))
     for kind in ("heads", "neurons"):
         able = [name for name, entry in entries.items() if kind in entry["ability"].get("units", ())]
         if getattr(recipe.structure, kind) and not any(stage.method in able for stage in recipe.stages):

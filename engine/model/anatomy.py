@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 ATTENTION_ROLES = ("q", "k", "v", "qkv", "o")
 MLP_ROLES = ("gate", "up", "gate_up", "down", "fc1", "fc2")
+WRITERS = ("o", "down", "fc2")  # of the hidden states; all others read them
 ROLES = (*ATTENTION_ROLES, *MLP_ROLES, "other")
 
 
@@ -102,12 +103,18 @@ class Anatomy(BaseModel):
             return self.units._replace(neurons=inner)
         return Units(sizes["o"].in_features // self.head_dim, sizes["k"].out_features // self.head_dim, inner)
 
-    def reduced(self, dropped: Iterable[int], units: Mapping[int, Units]) -> "Anatomy":
-        """Without some blocks, and with fewer units in others. Names and block numbers stay those of the whole model, and so does `blocks`."""
+    def reduced(self, dropped: Iterable[int], units: Mapping[int, Units], width: int | None = None) -> "Anatomy":
+        """Without some blocks, with fewer units in others, or hidden states of another width inside the blocks.
+
+        Names and block numbers stay those of the whole model, and so do `blocks` and `hidden`.
+        """
         gone = set(dropped)
-        if not gone and not units:
+        if not gone and not units and width is None:
             return self
         parts = (self._resized(part, units.get(part.block or 0, self.units)) for part in self.linears if part.block not in gone)
+        if width is not None:
+            sides = dict.fromkeys(WRITERS, "out_features")
+            parts = (part.model_copy(update={sides.get(part.role, "in_features"): width}) for part in parts)
         return Anatomy.model_construct(**{**{name: getattr(self, name) for name in Anatomy.model_fields}, "linears": tuple(parts)})
 
     def _resized(self, part: Part, units: Units) -> Part:

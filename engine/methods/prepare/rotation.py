@@ -12,14 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from bitpress.engine.errors import InputError
 from bitpress.engine.methods.base import MethodOptions, TurningMethod
 from bitpress.engine.methods.hadamard import Rotation
-from bitpress.engine.model.anatomy import Anatomy
-from bitpress.engine.model.links import Link, gain_offset, links_of
+from bitpress.engine.model.anatomy import WRITERS, Anatomy
+from bitpress.engine.model.links import Link, links_of
+from bitpress.engine.model.narrow import check_turnable, final_norm, take_gain
 from bitpress.engine.model.surgery import get, linear_weight, set_linear_weight
 
-WRITERS = ("o", "down", "fc2")
+REMEDY = "Leave the stage `rotation` out."
 
 
 class RotateOptions(MethodOptions):
@@ -47,12 +47,12 @@ class Rotate(TurningMethod):
     def turn(self, model: nn.Module, anatomy: Anatomy, seed: int, options: RotateOptions) -> tuple[str, ...]:
         """Turn a model of the Llama kind in place. Raises InputError for a model whose norms or blocks do not allow it."""
         links = links_of(model, anatomy)
-        _check(model, anatomy, links)
+        check_turnable(model, anatomy, links, "rotated", REMEDY)
         draw = torch.Generator().manual_seed(seed)
         stream = Rotation(anatomy.hidden, draw)
         for link in links:
             if link.kind == "norm":
-                _take_gain(model, link)
+                take_gain(model, link)
         for part in anatomy.linears:
             module = get(model, part.name)
             _turn_writer(module, stream) if part.role in WRITERS else _turn_reader(module, stream)
@@ -62,32 +62,6 @@ class Rotate(TurningMethod):
         if options.down:
             _turn_down(model, anatomy, draw)
         return ()
-
-
-def _check(model: nn.Module, anatomy: Anatomy, links: list[Link]) -> None:
-    """Refuse what the fusion is not exact for: means that are taken out, linears that read the stream without a norm, norms behind writers."""
-    norms = {link.source for link in links if link.kind == "norm"}
-    heard = {name for link in links if link.kind == "norm" for name in link.readers}
-    readers = {part.name for part in anatomy.linears if part.role not in WRITERS}
-    inside = [name for name, module in model.named_modules() if name.startswith(anatomy.block_prefix) and "Norm" in type(module).__name__]
-    after = [name for name in inside if name not in norms and len(get(model, name).weight) == anatomy.hidden]  # type: ignore[arg-type]
-    centred = [name for name in norms if "RMS" not in type(get(model, name)).__name__]
-    for found, why in (
-        (centred, "is no RMSNorm: it takes out a mean, which a rotation does not keep"),
-        (sorted(readers - heard), "does not read a norm"),
-        (after, "scales what a layer writes"),
-    ):
-        if found:
-            raise InputError("This model cannot be rotated.", f"{found[0]} {why}.", "Leave the stage `rotation` out.")
-
-
-def _take_gain(model: nn.Module, link: Link) -> None:
-    """Move a norm's gain into the linears that read it."""
-    norm: Any = get(model, link.source)
-    gain_K = norm.weight.double() + gain_offset(norm)
-    for name in link.readers:
-        set_linear_weight(get(model, name), linear_weight(get(model, name)).double() * gain_K)
-    norm.weight = nn.Parameter(torch.full_like(norm.weight, 1 - gain_offset(norm)), requires_grad=False)
 
 
 def _turn_reader(module: nn.Module, rotation: Rotation) -> None:
@@ -102,10 +76,7 @@ def _turn_writer(module: Any, rotation: Rotation) -> None:
 
 def _turn_ends(model: Any, anatomy: Anatomy, rotation: Rotation) -> None:
     get(model, anatomy.embedding.name).register_forward_hook(_turning_output(rotation))
-    final = [module for name, module in model.named_modules() if "RMSNorm" in type(module).__name__ and not name.startswith(anatomy.block_prefix)]
-    if len(final) != 1:
-        raise InputError("This model cannot be rotated.", f"It has {len(final)} norms outside its blocks.", "Leave the stage `rotation` out.")
-    final[0].register_forward_pre_hook(_turning_input(rotation.back))
+    final_norm(model, anatomy, "rotated", REMEDY).register_forward_pre_hook(_turning_input(rotation.back))
 
 
 def _turning_output(turn: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
