@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitpress.engine.recipe import CacheSide, KVCache
+from bitpress.engine.recipe import CacheSide as SideScheme
+from bitpress.engine.recipe import KVCache
+from bitpress.kernels import cpu_cache
+from bitpress.kernels.cpu_cache import CacheSide
 from bitpress.kernels.formats import pack_codes, unpack_codes
 
 
@@ -77,6 +80,19 @@ class DenseRows:
         self.count = 0
 
     @property
+    def counts(self) -> tuple[int, int]:
+        """Rows as they are, and what is coded."""
+        return self.count, 0
+
+    @counts.setter
+    def counts(self, counts: tuple[int, int]) -> None:
+        self.count, _ = counts
+
+    def in_place(self, up_NR: Tensor | None, each: bool) -> CacheSide:
+        """The same storage for `cpu_cache.attend`."""
+        return cpu_cache.side(self.held_LD, up_NR, each)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the rows."""
         return self.read().numel() * self.held_LD.element_size()
@@ -113,7 +129,7 @@ class RecentRows:
 class CodedRows:
     """Old rows as codes, the last `window` (and, by channel, what does not fill a group yet) as they are."""
 
-    def __init__(self, side: CacheSide, window: int, length: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, side: SideScheme, window: int, length: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.bits, self.by_channel, self.window, self.width = side.bits, side.axis == "channel", window, width
         self.size = side.group_size or width
         self.recent = DenseRows(length, width, dtype, device)
@@ -159,12 +175,25 @@ class CodedRows:
         self.recent.reset()
 
     @property
+    def counts(self) -> tuple[int, int]:
+        """Rows as they are, and groups (by channel) or tokens as codes."""
+        return self.recent.count, self.filled
+
+    @counts.setter
+    def counts(self, counts: tuple[int, int]) -> None:
+        self.recent.count, self.filled = counts
+
+    def in_place(self, up_NR: Tensor | None, each: bool) -> CacheSide:
+        """The same storage for `cpu_cache.attend`."""
+        return cpu_cache.with_codes(self.recent.in_place(up_NR, each), self.coded, self.bits, self.size, self.by_channel, self.window)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes, lows, scales and the rows that are still as they were."""
         return self.recent.nbytes + sum(held[: self.filled].numel() * held.element_size() for held in self.coded)
 
 
-def rows_for(cache: KVCache, side: CacheSide | None, length: int, width: int, dtype: torch.dtype, device: torch.device) -> Rows:
+def rows_for(cache: KVCache, side: SideScheme | None, length: int, width: int, dtype: torch.dtype, device: torch.device) -> Rows:
     """What holds one side of a block's cache under a scheme."""
     if cache.window:
         return RecentRows(cache.window.sinks, cache.window.recent, width, dtype, device)

@@ -6,19 +6,27 @@ of once a cached token, which is the same sum as absorbing A into the output mat
 Shape letters as in `decode`, with S rows in the cache, G heads of keys and values and E numbers a head that are mixed.
 """
 
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitpress.engine.decode import Decoder, _Block, _OwnLoop
-from bitpress.engine.kv_cache import Rows, rows_for
-from bitpress.engine.recipe import CacheSide, KVCache
-from bitpress.kernels.layout import PairLayout
+from bitpress.engine.kv_cache import CodedRows, DenseRows, Rows, rows_for
+from bitpress.engine.recipe import CacheSide as SideScheme
+from bitpress.engine.recipe import KVCache
+from bitpress.kernels import cpu_cache, cpu_step
+from bitpress.kernels.cpu_cache import CacheSide
+from bitpress.kernels.cpu_token import TokenStep
+from bitpress.kernels.formats import PackedTensor
+from bitpress.kernels.layout import DenseLayout, PairLayout
 from bitpress.kernels.packed import PackedLinear
 from bitpress.kernels.reference import dequantize
-from bitpress.kernels.rows import join
+from bitpress.kernels.rows import SeparateRows, join
 
 
 class Side:
@@ -28,18 +36,50 @@ class Side:
         self.up_NR: Tensor | None = None
         self.bias_N = linear.bias
         if latent and isinstance(linear, PackedLinear) and isinstance(linear.layout, PairLayout):
-            self.into = join([PackedLinear(linear.packed.part("right"))], dtype)
+            self.into = join([_linear(linear.packed.part("right"))], dtype)
             self.up_NR = dequantize(linear.packed.part("left"), dtype)
             self.width = self.up_NR.shape[1]
         else:
             self.into, self.width = join([linear], dtype), linear.out_features
         self.rows: Rows
 
+    def in_place(self, each: bool) -> "Place | None":
+        """The side as a step in C++ takes it; None where that knows no such rows."""
+        if self.bias_N is not None or not isinstance(self.rows, DenseRows | CodedRows):
+            return None
+        return Place(self.rows, self.rows.in_place(self.up_NR, each))
+
     def expanded(self, rows_SD: Tensor) -> Tensor:
         """Full rows [S, N] of what the cache holds."""
         if self.up_NR is None:
             return rows_SD
         return F.linear(rows_SD, self.up_NR.to(rows_SD.dtype), None if self.bias_N is None else self.bias_N.to(rows_SD.dtype))
+
+
+@dataclass(frozen=True)
+class Place:
+    """One side's rows, and their storage as a step in C++ takes it."""
+
+    rows: DenseRows | CodedRows
+    held: CacheSide
+
+    def enter(self) -> None:
+        """Tell C++ how many rows there are: pieces of several tokens are put in by torch."""
+        self.held.count, self.held.filled = self.rows.counts
+
+    def leave(self) -> None:
+        """Hear how many there are now."""
+        self.rows.counts = self.held.count, self.held.filled
+
+
+def _linear(factor: PackedTensor) -> nn.Module:
+    """A factor as a layer: a plain one where it is stored as it is."""
+    if not isinstance(factor.layout, DenseLayout):
+        return PackedLinear(factor)
+    rows, columns = factor.shape
+    made = nn.Linear(columns, rows, bias=False, device="meta")
+    made.weight = nn.Parameter(factor.tensors["weight"], requires_grad=False)
+    return made
 
 
 class CacheLoop(_OwnLoop):
@@ -58,13 +98,39 @@ class CacheLoop(_OwnLoop):
             self.sides.append((keys, values))
         self.queries = [join([block.self_attn.q_proj], self.step_dtype) for block in decoder.model.model.layers]
 
-    def _hold(self, side: Side, cache: KVCache, scheme: CacheSide | None, decoder: Decoder) -> None:
+    def _hold(self, side: Side, cache: KVCache, scheme: SideScheme | None, decoder: Decoder) -> None:
         side.rows = rows_for(cache, scheme, decoder.max_length, side.width, self.cache_dtype, decoder.device)
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of the tensors that hold the tokens so far."""
         return sum(side.rows.nbytes for pair in self.sides for side in pair)
+
+    @cached_property
+    def in_place(self) -> list[tuple[Place, Place]] | None:
+        """The sides of all blocks for steps in C++; None where some has no such form."""
+        found = [(keys.in_place(self.each), values.in_place(self.each)) for keys, values in self.sides]
+        known = [(keys, values) for keys, values in found if keys and values and cpu_cache.fits(keys.held, values.held)]
+        return known if self.fused_steps and len(known) == len(found) else None
+
+    @cached_property
+    def turns(self) -> Tensor:
+        """Cosines and sines as `cpu_cache` reads them."""
+        return cpu_cache.turns_of(self.cos[:, 0], self.sin[:, 0])
+
+    @cached_property
+    def whole_step(self) -> TokenStep | None:
+        """As that of dense caches."""
+        alike = len({(block.heads, block.kv_heads, block.neurons) for block in self.blocks}) == 1
+        parts = []
+        for block, into, (keys, values) in zip(self.blocks, self.joined, self.in_place or (), strict=True):
+            parts.append(replace(block.parts, matrices=(into, *block.parts.matrices[1:]), sides=(keys.held, values.held)))
+        return TokenStep.of(parts) if alike else None
+
+    @cached_property
+    def joined(self) -> list[SeparateRows]:
+        """The ways into queries, keys and values of each block, side by side."""
+        return [SeparateRows([queries, keys.into, values.into]) for queries, (keys, values) in zip(self.queries, self.sides, strict=True)]
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -76,6 +142,8 @@ class CacheLoop(_OwnLoop):
     def extend(self, ids_T: Tensor) -> Tensor:
         """Last hidden states [T, D] of tokens put behind the others."""
         dtype = self._dtype_for(len(ids_T))
+        if len(ids_T) == 1 and self.in_place is not None:
+            return self._step_in_place(ids_T, self.in_place)
         x_TD = self.embed(ids_T).to(dtype)
         for number, block in enumerate(self.blocks):
             x_TD = x_TD + block.out(self._attend_rows(number, block, block.attention_norm(x_TD)))
@@ -83,6 +151,27 @@ class CacheLoop(_OwnLoop):
             x_TD = x_TD + block.down(block.activation(gate) * up)
         self.position += len(ids_T)
         return self.norm(x_TD)
+
+    def _step_in_place(self, ids_1: Tensor, places: list[tuple[Place, Place]]) -> Tensor:
+        """One token on a CPU, attention over each block's rows in the form in which they are held."""
+        for place in chain.from_iterable(places):
+            place.enter()
+        x_1D = self._through(self.embed(ids_1).to(self.step_dtype).contiguous(), places)
+        for place in chain.from_iterable(places):
+            place.leave()
+        self.position += 1
+        return self.norm(x_1D)
+
+    def _through(self, x_1D: Tensor, places: list[tuple[Place, Place]]) -> Tensor:
+        cos_C, sin_C, first = self.cos[self.position, 0], self.sin[self.position, 0], self.blocks[0]
+        if self.whole_step is not None:
+            return self.whole_step.over_sides(x_1D, cos_C, sin_C, self.turns, first.heads, first.kv_heads, self.scale, first.neurons)
+        for block, into, (keys, values) in zip(self.blocks, self.joined, places, strict=True):
+            qkv = into(block.attention_norm(x_1D))
+            attended = cpu_cache.attend(qkv, cos_C, sin_C, self.turns, keys.held, values.held, block.heads, block.kv_heads, self.scale)
+            x_1D = x_1D + block.out(attended)
+            x_1D = x_1D + block.down(cpu_step.gated_silu(block.gate_up(block.mlp_norm(x_1D))))
+        return x_1D
 
     def _attend_rows(self, number: int, block: _Block, x_TD: Tensor) -> Tensor:
         """[T, heads * C], before the output matrix."""

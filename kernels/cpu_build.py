@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}.cpp") for name in ("lowbit", "table", "binary", "sparse", "panel", "step", "token", "stream"))
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu_bf16.h", "cpu_rows.h", "cpu_lanes.h"))
+SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}.cpp") for name in ("lowbit", "table", "binary", "sparse", "panel", "step", "token", "stream", "cache"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu_bf16.h", "cpu_rows.h", "cpu_lanes.h", "cpu_attend.h"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-fPIC")
 BUILD_SECONDS = 180
 PANEL_ROWS = 24  # from here on making a weight bfloat16 once costs less than multiplying its code for every row
@@ -124,8 +124,9 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.bitpress_copy.argtypes, lib.bitpress_copy.restype = [address, address, size, number], None
     lib.bitpress_rms_norm.argtypes = [address, address, address, number, real]
     lib.bitpress_attend_one.argtypes = [*[address] * 5, *[number] * 5, real, number]
+    lib.bitpress_attend_cache.argtypes, lib.bitpress_attend_cache.restype = [*[address] * 7, *[number] * 3, real, number], None
     lib.bitpress_gated_silu.argtypes = [address, address, number]
-    lib.bitpress_token.argtypes = [address, number, *[address] * 4, *[number] * 5, real, number, number, number]
+    lib.bitpress_token.argtypes = [address, number, *[address] * 5, *[number] * 5, real, number, number, number]
     lib.bitpress_token.restype = None
     for silent in (lib.bitpress_table, lib.bitpress_bitmap, lib.bitpress_two_four, lib.bitpress_rms_norm, lib.bitpress_attend_one, lib.bitpress_gated_silu):
         silent.restype = None

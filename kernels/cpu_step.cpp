@@ -8,19 +8,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu_bf16.h"
+#include "cpu_attend.h"
 
 namespace {
-
-// x * cos + roll(x, half) * sin, with the sine's first half negated by the caller.
-void turn(const uint16_t *x, const float *cos, const float *sin, int channels, float *out) {
-    const int half = channels / 2;
-    for (int c = 0; c < half; c++) {
-        const float low = from_bf16(x[c]), high = from_bf16(x[c + half]);
-        out[c] = low * cos[c] + high * sin[c];
-        out[c + half] = high * cos[c + half] + low * sin[c + half];
-    }
-}
 
 float dot(const float *a, const uint16_t *b, int count) {
     float sum = 0;
@@ -31,13 +21,12 @@ float dot(const float *a, const uint16_t *b, int count) {
 
 // One query head over `seen` cached positions; `scores` has room for them.
 void attend(const float *query, const uint16_t *keys, const uint16_t *values, int seen, int channels, float scale, float *scores, uint16_t *out) {
-    float top = -INFINITY, total = 0;
-    for (int p = 0; p < seen; p++) top = std::max(top, scores[p] = scale * dot(query, keys + size_t(p) * channels, channels));
-    for (int p = 0; p < seen; p++) total += scores[p] = std::exp(scores[p] - top);
+    for (int p = 0; p < seen; p++) scores[p] = scale * dot(query, keys + size_t(p) * channels, channels);
+    softmax(scores, seen);
     std::vector<float> mixed(channels, 0.0f);
     for (int p = 0; p < seen; p++) {
         const uint16_t *value = values + size_t(p) * channels;
-        const float share = scores[p] / total;
+        const float share = scores[p];
 #pragma omp simd
         for (int c = 0; c < channels; c++) mixed[c] += share * from_bf16(value[c]);
     }

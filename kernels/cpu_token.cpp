@@ -11,6 +11,9 @@ int bitpress_linear(const void *x, void *y, int is_bf16, int rows, int inputs, i
 void bitpress_rms_norm(const uint16_t *x, const uint16_t *weight, uint16_t *y, int width, float epsilon);
 void bitpress_attend_one(const uint16_t *qkv, const float *cos, const float *sin, uint16_t *cache, uint16_t *out, int position, int capacity,
                          int heads, int kv_heads, int channels, float scale, int threads);
+struct CacheSide;  // of cpu_cache.cpp
+void bitpress_attend_cache(const uint16_t *qkv, const float *cos, const float *sin, const float *turns, CacheSide *keys, CacheSide *values, uint16_t *out,
+                           int heads, int kv_heads, int channels, float scale, int threads);
 void bitpress_gated_silu(const uint16_t *gate_up, uint16_t *y, int width);
 
 // One matrix as bitpress_linear takes it; 16 bits are bfloat16 weights (outputs, inputs).
@@ -22,11 +25,13 @@ struct Matrix {
 };
 
 // Matrices of a block in order: q, k and v joined or not, output, gate and up joined or not, down. counts: of each of the four.
+// keys, values: its own compressed cache; null where it has a part of the static one.
 struct Block {
     const uint16_t *attention_norm, *mlp_norm;
     float attention_epsilon, mlp_epsilon;
     int32_t counts[4];
     Matrix matrices[7];
+    CacheSide *keys, *values;
 };
 }
 
@@ -95,18 +100,20 @@ void add(uint16_t *x, const uint16_t *y, int width) {
 
 extern "C" {
 
-// x (width), in and out: a token's embedding, then its state behind the last block. cache: (blocks, 2 * kv_heads, capacity, channels).
-void bitpress_token(const Block *blocks, int count, uint16_t *x, const float *cos, const float *sin, uint16_t *cache, int position, int capacity,
-                    int heads, int kv_heads, int channels, float scale, int width, int ffn, int threads) {
+// x (width), in and out: a token's embedding, then its state behind the last block. cache: (blocks, 2 * kv_heads, capacity, channels), or
+// null with turns as bitpress_attend_cache has them.
+void bitpress_token(const Block *blocks, int count, uint16_t *x, const float *cos, const float *sin, const float *turns, uint16_t *cache, int position,
+                    int capacity, int heads, int kv_heads, int channels, float scale, int width, int ffn, int threads) {
     thread_local std::vector<uint16_t> room;
     const int qkv_width = (heads + 2 * kv_heads) * channels, mixed_width = heads * channels;
     room.resize(size_t(2) * width + qkv_width + mixed_width + size_t(3) * ffn);
     uint16_t *normed = room.data(), *added = normed + width, *qkv = added + width, *mixed = qkv + qkv_width, *gate_up = mixed + mixed_width, *gated = gate_up + 2 * ffn;
-    for (int b = 0; b < count; b++, cache += size_t(2) * kv_heads * capacity * channels) {
+    for (int b = 0; b < count; b++) {
         const Block &block = blocks[b];
         bitpress_rms_norm(x, block.attention_norm, normed, width, block.attention_epsilon);
         const Matrix *next = times(block.matrices, block.counts[0], normed, qkv, threads);
-        bitpress_attend_one(qkv, cos, sin, cache, mixed, position, capacity, heads, kv_heads, channels, scale, threads);
+        if (block.keys) bitpress_attend_cache(qkv, cos, sin, turns, block.keys, block.values, mixed, heads, kv_heads, channels, scale, threads);
+        else bitpress_attend_one(qkv, cos, sin, cache + size_t(b) * 2 * kv_heads * capacity * channels, mixed, position, capacity, heads, kv_heads, channels, scale, threads);
         next = times(next, block.counts[1], mixed, added, threads);
         add(x, added, width);
         bitpress_rms_norm(x, block.mlp_norm, normed, width, block.mlp_epsilon);

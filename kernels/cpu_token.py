@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitpress.kernels import cpu_build, cpu_lowbit, dispatch
+from bitpress.kernels.cpu_cache import CacheSide
 from bitpress.kernels.packed import PackedLinear
 from bitpress.kernels.rows import DenseRows, PackedRows, Rows, SeparateRows
 
@@ -25,15 +26,17 @@ class _Matrix(ctypes.Structure):
 
 class _Block(ctypes.Structure):
     _fields_ = [("attention_norm", ctypes.c_void_p), ("mlp_norm", ctypes.c_void_p), ("attention_epsilon", ctypes.c_float),
-                ("mlp_epsilon", ctypes.c_float), ("counts", ctypes.c_int32 * 4), ("matrices", _Matrix * sum(MOST))]  # fmt: skip
+                ("mlp_epsilon", ctypes.c_float), ("counts", ctypes.c_int32 * 4), ("matrices", _Matrix * sum(MOST)),
+                ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p)]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BlockParts:
-    """One block: norms (bfloat16 weights [D], epsilon), and the matrices q k v, output, gate up, down."""
+    """One block: norms (bfloat16 weights [D], epsilon), and the matrices q k v, output, gate up, down. sides: its compressed keys and values, if they are."""
 
     norms: tuple[tuple[Tensor, float], tuple[Tensor, float]]
     matrices: tuple[Rows, Rows, Rows, Rows]
+    sides: tuple[CacheSide, CacheSide] | None = None
 
 
 class TokenStep:
@@ -46,6 +49,8 @@ class TokenStep:
             (attention, target.attention_epsilon), (mlp, target.mlp_epsilon) = parts.norms
             target.attention_norm, target.mlp_norm = attention.data_ptr(), mlp.data_ptr()
             target.counts[:] = [len(group) for group in groups]
+            if parts.sides:
+                target.keys, target.values = (ctypes.addressof(side) for side in parts.sides)
             for place, matrix in enumerate(matrix for group in groups for matrix in group):
                 target.matrices[place] = _dense(matrix) if isinstance(matrix, Tensor) else _packed(matrix)
 
@@ -63,12 +68,17 @@ class TokenStep:
         cos_C, sin_C: as `cpu_step.attend_one` takes them. cache: bfloat16 [blocks, 1, 2 kv, capacity, C]; row `position` of each is written.
         """
         _, _, planes, capacity, channels = cache.shape
+        return self._run(x_1D, (cos_C, sin_C, None, cache), (position, capacity, heads, planes // 2, channels), scale, ffn)
+
+    def over_sides(self, x_1D: Tensor, cos_C: Tensor, sin_C: Tensor, turns: Tensor, heads: int, kv_heads: int, scale: float, ffn: int) -> Tensor:
+        """The same over the blocks' own compressed caches, whose counts go up. turns: as `cpu_cache.turns_of` makes them."""
+        return self._run(x_1D, (cos_C, sin_C, turns, None), (0, 0, heads, kv_heads, cos_C.shape[-1]), scale, ffn)
+
+    def _run(self, x_1D: Tensor, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...], scale: float, ffn: int) -> Tensor:
         lib = cpu_build.library()
         assert lib is not None
-        lib.bitpress_token(
-            self.blocks, self.count, x_1D.data_ptr(), cos_C.data_ptr(), sin_C.data_ptr(), cache.data_ptr(), position, capacity, heads,
-            planes // 2, channels, scale, x_1D.shape[-1], ffn, torch.get_num_threads(),
-        )  # fmt: skip
+        places = [None if tensor is None else tensor.data_ptr() for tensor in (x_1D, *tensors)]
+        lib.bitpress_token(self.blocks, self.count, *places, *numbers, scale, x_1D.shape[-1], ffn, torch.get_num_threads())
         return x_1D
 
 

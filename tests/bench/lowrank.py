@@ -1,8 +1,9 @@
 """Low rank and the KV cache side by side: perplexity at equal size, the search for ranks against chance, cache bytes and decode time.
 
-Three tables, of which `--tables` names some. `weights`: a share of the block linears' parameters removed by every method. `search`: Bayesian
+Four tables, of which `--tables` names some. `weights`: a share of the block linears' parameters removed by every method. `search`: Bayesian
 optimisation and random draws of the same number of evaluations, over seeds. `cache`: dense, latent, coded and forgetful caches, all
-measured through the cache itself. Ratios are paired over the same windows with their 95% interval. Rows of JSON go to stdout, tables to stderr:
+measured through the cache itself. `steps`: milliseconds of a decode step behind a long context, all caches in turn. Ratios are paired
+over the same windows with their 95% interval. Rows of JSON go to stdout, tables to stderr:
 
     python tests/bench/lowrank.py --model stories-15m --tables weights cache --removed 0.1 0.2 0.3
 """
@@ -32,9 +33,12 @@ from bitpress.engine.recipe import Calibration, Measure, Recipe
 METHODS = ("svd", "asvd", "svd-llm", "rom")
 COLUMNS = {
     "weights": ("removed", "entrant", "kept", "perplexity", "ratio", "low", "high", "kl", "seconds"),
-    "search": ("removed", "kind", "seed", "bo", "random", "first", "seconds"),
-    "cache": ("entrant", "bytes_per_token", "share", "ratio", "low", "high", "kl", "step_ms", "context"),
+    "search": ("removed", "kind", "seed", "bo", "random", "first", "even", "seconds", "cpu_s"),
+    "cache": ("entrant", "bytes_per_token", "share", "ratio", "low", "high", "kl"),
+    "steps": ("entrant", "context", "cache_bytes", "share", "step_ms", "p10_ms", "tokens_per_s", "faster"),
 }
+LATENT = ("latent, SVD, progressive (LoRC)", "latent, SVD, each head", "latent, whitened, values only", "whitened latent and KIVI 4 bit")
+SPEED = (*LATENT, "KIVI 4 bit", "KIVI 2 bit")
 
 
 def recipe(model: str, **fields: Any) -> Recipe:
@@ -63,12 +67,16 @@ def weight_rows(loaded: Loaded, ids_NT: torch.Tensor, tokens: CalibrationSet, te
     """Every method at every share."""
     for removed in asked.removed:
         keep = 1 - removed
+        whole = uniform(loaded, keep)  # values whole, biases
         entrants = [(name, name, [{"match": "*", "rank": {"keep": keep}}]) for name in METHODS]
-        entrants += [("bolaco, uniform", "bolaco", uniform(loaded, keep))]
-        for kind in asked.kinds:
-            _, lines = search_ranks(loaded, tokens.ids_SL, text_SL, keep, kind, asked.evaluations)
-            entrants.append((f"bolaco, {kind}", "bolaco", lines))
+        entrants += [("bolaco, uniform", "bolaco", whole), ("bolaco, values too", "bolaco", [{"match": "*", "rank": {"keep": keep, "bias": True}}])]
+        entrants += [("svd-llm, values whole", "svd-llm", [{**line, "rank": {"rank": line["rank"]["rank"]}} for line in whole])]
+        entrants += [(f"bolaco, {kind}", "bolaco", []) for kind in asked.kinds]
         for entrant, method, lines in entrants:
+            if asked.entrants and entrant not in asked.entrants:
+                continue
+            if not lines:
+                _, lines = search_ranks(loaded, tokens.ids_SL, text_SL, keep, entrant.split()[-1], asked.evaluations)
             plan, began = recipe(asked.model, schemes=lines, stages=[{"method": method}]), time.perf_counter()
             made = compress(loaded, plan, calibration=tokens).model
             seconds = time.perf_counter() - began
@@ -77,7 +85,16 @@ def weight_rows(loaded: Loaded, ids_NT: torch.Tensor, tokens: CalibrationSet, te
 
 
 def search_rows(loaded: Loaded, tokens: CalibrationSet, text_SL: torch.Tensor, asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The best objective of optimisation and of chance after the same number of evaluations."""
+    """The best objective of optimisation and of chance after the same number of evaluations; every trial is told as it comes, with its CPU time."""
+
+    def tried(row: dict[str, Any], random: bool) -> list[Trial]:
+        def tell(trial: Trial) -> None:
+            spent = {"cpu_s": time.process_time() - began, "random": random}
+            print(json.dumps({"table": "trial", **row, **spent, "objective": trial.objective, "read": trial.read, "ratios": trial.ratios}), flush=True)
+
+        began = time.process_time()
+        keep = 1 - row["removed"]
+        return search_ranks(loaded, tokens.ids_SL, text_SL, keep, row["kind"], asked.evaluations, row["seed"], random, on_trial=tell)[0]
 
     def best(trials: list[Trial]) -> float:
         return min(trial.objective for trial in trials)
@@ -85,12 +102,10 @@ def search_rows(loaded: Loaded, tokens: CalibrationSet, text_SL: torch.Tensor, a
     for removed in asked.removed:
         for kind in asked.kinds:
             for seed in asked.seeds:
-                began = time.perf_counter()
-                wise, _ = search_ranks(loaded, tokens.ids_SL, text_SL, 1 - removed, kind, asked.evaluations, seed)
-                seconds = time.perf_counter() - began
-                chance, _ = search_ranks(loaded, tokens.ids_SL, text_SL, 1 - removed, kind, asked.evaluations, seed, random=True)
-                row = {"removed": removed, "kind": kind, "seed": seed, "bo": best(wise), "random": best(chance)}
-                yield {**row, "first": wise[0].objective, "seconds": seconds}
+                row, began, spent = {"removed": removed, "kind": kind, "seed": seed}, time.perf_counter(), time.process_time()
+                wise = tried(row, random=False)
+                times = {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - spent}
+                yield {**row, "bo": best(wise), "random": best(tried(row, random=True)), "first": wise[0].objective, "even": wise[1].objective, **times}
 
 
 # Cache -----------------------------------------------------------------------------------------------------------
@@ -135,30 +150,55 @@ def cache_rows(loaded: Loaded, ids_NT: torch.Tensor, tokens: CalibrationSet, ask
     """Every cache at about one share of the dense one's bytes where it has a choice."""
     length = ids_NT.shape[1]
     dense = cache_bytes(None, loaded.anatomy, length)
-    for context in asked.context:
-        yield {"entrant": "dense", "bytes_per_token": dense / length, "share": 1.0, "step_ms": step_ms(loaded, loaded.model, context), "context": context}
     for entrant, method, cache in caches(loaded, asked.cache_keep, length):
+        if asked.entrants and entrant not in asked.entrants:
+            continue
         plan = recipe(asked.model, kv_cache=cache, stages=[{"method": method}] if method else [])
         made = compress(loaded, plan, calibration=tokens).model
         size = cache_bytes(plan, loaded.anatomy, length)
-        row = {"entrant": entrant, "bytes_per_token": size / length, "share": size / dense, **quality(loaded, made, ids_NT)}
-        yield {**row, **({} if asked.context else {"context": length})}
-        for context in asked.context:
-            yield {"entrant": entrant, "step_ms": step_ms(loaded, made, context), "context": context}
+        yield {"entrant": entrant, "bytes_per_token": size / length, "share": size / dense, **quality(loaded, made, ids_NT)}
 
 
-def step_ms(loaded: Loaded, model: Any, context: int, steps: int = 12) -> float:
-    """Median milliseconds of a decode step behind `context` tokens."""
-    decoder = Decoder(model, None, context + steps + 1)
-    ids_T = torch.arange(context) * 7919 % loaded.anatomy.vocab
-    for piece in ids_T.split(512):
-        decoder.extend(piece)
-    times = []
-    for _ in range(steps):
-        began = time.perf_counter()
-        decoder.step(5)
-        times.append(time.perf_counter() - began)
-    return 1000 * statistics.median(times[2:])
+def step_rows(loaded: Loaded, asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a step behind many tokens; rounds in which every cache takes one step, so that the machine's moods are shared out.
+
+    Factors are those of plain SVD throughout: what a step costs depends on their shapes only.
+    """
+    for context in asked.context:
+        room = min(context, loaded.anatomy.context - asked.steps) if loaded.anatomy.context else context
+        decoders, sizes = {"dense": Decoder(loaded.model, None, room + asked.steps)}, {}
+        for entrant, _, cache in caches(loaded, asked.cache_keep, room):
+            if entrant in (asked.entrants or SPEED):
+                plan = recipe(asked.model, kv_cache=cache, stages=[{"method": "lorc"}] if "rank" in cache else [])
+                decoders[entrant] = Decoder(compress(loaded, plan).model, None, room + asked.steps)
+        for entrant, decoder in decoders.items():
+            fill(decoder, room)
+            sizes[entrant] = decoder.cache_bytes
+        times: dict[str, list[float]] = {entrant: [] for entrant in decoders}
+        for _ in range(asked.steps):
+            for entrant, decoder in decoders.items():
+                began = time.perf_counter()
+                decoder.step(5)
+                times[entrant].append(1000 * (time.perf_counter() - began))
+        for entrant, taken in times.items():
+            p10, median = sorted(taken)[len(taken) // 10], statistics.median(taken)
+            ratio = statistics.median(one / other for one, other in zip(times["dense"], taken, strict=True))
+            row = {"entrant": entrant, "context": room, "cache_bytes": sizes[entrant], "share": sizes[entrant] / sizes["dense"]}
+            yield {**row, "step_ms": median, "p10_ms": p10, "tokens_per_s": 1000 / median, "faster": ratio}
+
+
+def fill(decoder: Decoder, context: int) -> None:
+    """Put noise in the place of so many tokens: what a step costs does not depend on what they are."""
+    loop: Any = decoder._loop
+    decoder.extend([1, 2, 3])
+    loop.position = context
+    if not hasattr(loop, "sides"):
+        loop.cache.normal_()
+        return
+    for side in (side for pair in loop.sides for side in pair):
+        noise = torch.randn(512, side.width).bfloat16()
+        for start in range(0, context - 3, 512):
+            side.rows.append(noise[: context - 3 - start])
 
 
 def table(kind: str, rows: list[dict[str, Any]]) -> str:
@@ -179,6 +219,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tables", nargs="+", choices=list(COLUMNS), default=["weights", "cache"])
     parser.add_argument("--removed", nargs="+", type=float, default=[0.1, 0.2, 0.3])
     parser.add_argument("--kinds", nargs="*", choices=["5x1", "5x4"], default=["5x1"])
+    parser.add_argument("--entrants", nargs="*", default=[], help="by name; all without it")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--evaluations", type=int, default=50)
     parser.add_argument("--sequences", type=int, default=64)
@@ -186,7 +227,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tier", default="quick")
     parser.add_argument("--windows", type=int, default=1 << 20)
     parser.add_argument("--cache-keep", type=float, default=0.6)
-    parser.add_argument("--context", nargs="*", type=int, default=[])
+    parser.add_argument("--context", nargs="*", type=int, default=[8192])
+    parser.add_argument("--steps", type=int, default=24)
     return parser.parse_args()
 
 
@@ -194,6 +236,9 @@ def main() -> None:
     """Print the tables that are asked for."""
     asked = arguments()
     loaded, entry = load(asked.model), library.find(asked.model)
+    if asked.tables == ["steps"]:  # looks at no text
+        show(asked, "steps", step_rows(loaded, asked), "noise in the cache")
+        return
     ids_NT = windows_for(loaded, entry, Measure(tier=asked.tier)).ids_NT[: asked.windows]
     drawn = calibration_set(loaded, Calibration(sequences=asked.sequences + 16, length=asked.length))
     tokens, text_SL = CalibrationSet(drawn.text, drawn.seed, drawn.sha256, drawn.ids_SL[:-16]), drawn.ids_SL[-16:, :256]
@@ -201,13 +246,19 @@ def main() -> None:
         "weights": lambda: weight_rows(loaded, ids_NT, tokens, text_SL, asked),
         "search": lambda: search_rows(loaded, tokens, text_SL, asked),
         "cache": lambda: cache_rows(loaded, ids_NT, tokens, asked),
+        "steps": lambda: step_rows(loaded, asked),
     }
     for kind in asked.tables:
-        rows = []
-        for row in makers[kind]():
-            rows.append(row)
-            print(json.dumps({"table": kind, "model": asked.model, **row}), flush=True)
-        print(f"\n{asked.model}, {len(ids_NT)} windows of {ids_NT.shape[1]}\n{table(kind, rows)}", file=sys.stderr)
+        show(asked, kind, makers[kind](), f"{len(ids_NT)} windows of {ids_NT.shape[1]}")
+
+
+def show(asked: argparse.Namespace, kind: str, made: Iterator[dict[str, Any]], protocol: str) -> None:
+    """Print each row as it comes, then all as a table."""
+    rows = []
+    for row in made:
+        rows.append(row)
+        print(json.dumps({"table": kind, "model": asked.model, **row}), flush=True)
+    print(f"\n{asked.model}, {protocol}\n{table(kind, rows)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,15 @@ from bitpress.engine.measure.perplexity import measure_pair
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.recipe import CacheSide, KVCache, Recipe
+from bitpress.kernels import cpu_build
 
 Build = Callable[..., Loaded]
 IDS = torch.arange(96).view(2, 48) * 7 % 320
 TOKENS = CalibrationSet("made up", 0, "sha", IDS)
 CPU = torch.device("cpu")
 KIVI = {"keys": {"bits": 2, "axis": "channel", "group_size": 8}, "values": {"bits": 2, "axis": "token", "group_size": 8}, "residual_window": 8}
+
+KIVI_32 = {"keys": {"bits": 4, "axis": "channel", "group_size": 32}, "values": {"bits": 4, "axis": "token", "group_size": 32}, "residual_window": 8}
 
 
 def rows(count: int, width: int, seed: int = 0) -> Tensor:
@@ -112,6 +115,22 @@ def test_a_latent_cache_gives_what_the_factored_model_gives_without_one(in_memor
         whole = model(input_ids=IDS[:1]).logits[0]
     assert torch.allclose(stepped(model, IDS[0]), whole[19:], atol=1e-4 * float(whole.abs().max()))
     assert model.model.layers[0].self_attn.k_proj.layout.exact == 16
+
+
+@pytest.mark.skipif(cpu_build.library() is None, reason="no compiled library")
+@pytest.mark.parametrize("cache", [{"rank": {"keep": 0.6}}, {"rank": {"keep": 0.5, "heads": "each"}}, KIVI_32, {"rank": {"keep": 0.6}, **KIVI_32}])
+def test_a_step_in_cpp_is_the_step_of_torch(in_memory: Build, cache: dict[str, Any]) -> None:
+    model = made(in_memory, cache).bfloat16()
+    ours, theirs = Decoder(model, dtype=torch.bfloat16), Decoder(model, dtype=torch.bfloat16)
+    vars(theirs._loop)["in_place"] = None
+    for decoder in (ours, theirs):
+        decoder.prefill(IDS.flatten()[:20])
+    assert ours._loop.whole_step is not None, "all blocks in one call"  # type: ignore[union-attr]
+    for token in IDS.flatten()[20:90]:
+        found, wanted = ours.step(int(token)), theirs.step(int(token))
+        assert float((found - wanted).norm() / wanted.norm()) < 0.05 and ours.cache_bytes == theirs.cache_bytes
+    vars(ours._loop)["whole_step"] = None
+    assert torch.allclose(ours.step(7), theirs.step(7), atol=0.05 * float(found.abs().max())), "call by call"
 
 
 @pytest.mark.parametrize("method", ["lorc", "svd-llm"])

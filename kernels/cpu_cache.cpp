@@ -1,0 +1,337 @@
+// Attention of one token over a compressed KV cache, read in the form in which it is held: rows, KIVI codes, a latent, or codes of one.
+//
+// Nothing of the cache is made dense but 32 tokens at a time, in the first-level cache. Keys of a latent are made anew, factor times
+// latent, before their rotation; values are mixed as latents and go through their factor once. Codes, lows and scales are those of
+// engine/kv_cache.py, to the bit. Rows are bfloat16, sums float32.
+//
+// Panel. 32 tokens of a latent, two of its numbers in every word: (pairs, 32), what one bfloat16 dot product per 16 tokens takes.
+
+#include "cpu_attend.h"
+#include "cpu_rows.h"
+
+extern "C" {
+
+// One side of a block's cache. Old tokens are codes: by channel (groups, width, bytes), a group being `group` tokens of a channel, or by
+// token (tokens, groups, bytes); the others are rows. up: the factor behind a latent (outputs, an even width, zeros at its end).
+struct CacheSide {
+    uint16_t *recent;
+    uint8_t *codes;
+    uint16_t *lows, *scales;
+    const uint16_t *up;
+    int32_t width, count, filled, bits, group, by_channel, window, each;
+};
+}
+
+namespace {
+
+constexpr int SPAN = 32, HALF = SPAN / 2, ROWS = 8;
+typedef float Reals __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+
+inline Reals &lanes(float *at) { return *reinterpret_cast<Reals *>(at); }
+inline Reals reals(const uint16_t *at) { return (Reals)(__builtin_convertvector(*reinterpret_cast<const Halves *>(at), Words) << 16); }
+
+// Sixteen codes of any width: the two bytes that hold each, shifted.
+struct Unpacker {
+    Bytes order{};
+    Words shift{};
+    uint32_t mask;
+    int bytes;
+    explicit Unpacker(int bits) : mask((1u << bits) - 1), bytes(2 * bits) {
+        for (int i = 0; i < TILE; i++) {
+            for (int b = 0; b < 4; b++) order[4 * i + b] = uint8_t(b < 2 ? i * bits / 8 + b : 63);
+            shift[i] = uint32_t(i * bits % 8);
+        }
+    }
+    Reals operator()(const uint8_t *from, int have) const {
+#if HAS_VNNI
+        const Bytes held = (Bytes)_mm512_zextsi128_si512(_mm_maskz_loadu_epi8(__mmask16((1u << std::min(have, bytes)) - 1), from));
+#else
+        Bytes held{};
+        std::memcpy(&held, from, std::min(have, bytes));
+#endif
+        return __builtin_convertvector(((Words)__builtin_shuffle(held, order) >> shift) & mask, Reals);
+    }
+};
+
+int old_tokens(const CacheSide &s) { return s.by_channel ? s.filled * s.group : s.filled; }
+int group_bytes(const CacheSide &s) { return (s.group * s.bits + 7) / 8; }
+int padded(int width) { return rounded_up(width, TILE); }
+
+// Writing ---------------------------------------------------------------------------------------------------------
+
+// `count` numbers, `stride` apart, as one group.
+void encode(const CacheSide &s, const uint16_t *x, int count, size_t stride, size_t at) {
+    float least = INFINITY, most = -INFINITY;
+    for (int i = 0; i < count; i++) {
+        const float value = from_bf16(x[i * stride]);
+        least = std::min(least, value), most = std::max(most, value);
+    }
+    const int top = (1 << s.bits) - 1;
+    float scale = from_bf16(to_bf16((most - least) / float(top)));
+    if (!(scale > 0)) scale = 1.0f;
+    s.lows[at] = to_bf16(least), s.scales[at] = to_bf16(scale);
+    uint8_t *codes = s.codes + at * group_bytes(s);
+    std::memset(codes, 0, group_bytes(s));
+    for (int i = 0; i < s.group; i++) {  // a short last group is filled up with its last number
+        const float level = (from_bf16(x[std::min(i, count - 1) * stride]) - least) / scale;
+        const uint32_t code = uint32_t(std::min(float(top), std::max(0.0f, std::nearbyintf(level)))) << (i * s.bits % 8);
+        codes[i * s.bits / 8] |= uint8_t(code);
+        if (code > 255) codes[i * s.bits / 8 + 1] |= uint8_t(code >> 8);
+    }
+}
+
+// A row behind the others; what leaves the window becomes codes.
+void append(CacheSide &s, const uint16_t *row) {
+    std::memcpy(s.recent + size_t(s.count++) * s.width, row, 2 * size_t(s.width));
+    const int leaving = s.by_channel ? s.group : 1;
+    if (!s.bits || s.count - s.window < leaving) return;
+    if (s.by_channel) {
+        for (int c = 0; c < s.width; c++) encode(s, s.recent + c, s.group, s.width, size_t(s.filled) * s.width + c);
+    } else {
+        const int groups = (s.width + s.group - 1) / s.group;
+        for (int g = 0; g < groups; g++) encode(s, s.recent + g * s.group, std::min(s.group, s.width - g * s.group), 1, size_t(s.filled) * groups + g);
+    }
+    s.filled++, s.count -= leaving;
+    std::memmove(s.recent, s.recent + size_t(leaving) * s.width, 2 * size_t(s.count) * s.width);
+}
+
+// Reading ---------------------------------------------------------------------------------------------------------
+
+// One token's row, not of the codes by channel; `out` has room for whole lanes.
+void read_row(const CacheSide &s, const Unpacker &codes_at, int token, float *out) {
+    const int old = old_tokens(s);
+    if (token >= old) {
+        const uint16_t *row = s.recent + size_t(token - old) * s.width;
+        int c = 0;
+        for (; c + TILE <= s.width; c += TILE) lanes(out + c) = reals(row + c);
+        for (; c < s.width; c++) out[c] = from_bf16(row[c]);
+        return;
+    }
+    const int groups = (s.width + s.group - 1) / s.group, bytes = group_bytes(s);
+    for (int g = 0; g < groups; g++) {
+        const size_t at = size_t(token) * groups + g;
+        const float low = from_bf16(s.lows[at]), scale = from_bf16(s.scales[at]);
+        for (int c = 0, byte = 0; c < s.group && g * s.group + c < s.width; c += TILE, byte += codes_at.bytes) {
+            const Reals values = codes_at(s.codes + at * bytes + byte, bytes - byte) * scale + low;
+            std::memcpy(out + g * s.group + c, &values, sizeof(float) * std::min({TILE, s.group - c, s.width - g * s.group - c}));
+        }
+    }
+}
+
+// One channel of the 32 tokens of a group.
+inline void read_channel(const CacheSide &s, const Unpacker &codes_at, int group, int channel, Reals &first, Reals &second) {
+    const size_t at = size_t(group) * s.width + channel;
+    const float low = from_bf16(s.lows[at]), scale = from_bf16(s.scales[at]);
+    const uint8_t *codes = s.codes + at * group_bytes(s);
+    first = codes_at(codes, codes_at.bytes) * scale + low;
+    second = codes_at(codes + codes_at.bytes, codes_at.bytes) * scale + low;
+}
+
+#if HAS_BF16
+inline Words paired(Reals even, Reals odd) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (Words)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
+}
+#else
+inline Words paired(Reals even, Reals odd) {
+    Words made;
+    for (int i = 0; i < TILE; i++) made[i] = to_bf16(even[i]) | uint32_t(to_bf16(odd[i])) << 16;
+    return made;
+}
+#endif
+
+// Tokens from `first`, at most 32, of a latent as a panel.
+void read_panel(const CacheSide &s, const Unpacker &codes_at, int first, int count, uint32_t *panel, float *row) {
+    const int pairs = (s.width + 1) / 2;
+    if (s.by_channel && first < old_tokens(s)) {
+        for (int p = 0; p < pairs; p++) {
+            Reals values[2][2] = {};
+            for (int i = 0; i < 2 && 2 * p + i < s.width; i++) read_channel(s, codes_at, first / SPAN, 2 * p + i, values[i][0], values[i][1]);
+            for (int i = 0; i < 2; i++) *reinterpret_cast<Words *>(panel + p * SPAN + i * HALF) = paired(values[0][i], values[1][i]);
+        }
+        return;
+    }
+    const int old = old_tokens(s);
+    for (int t = 0; t < SPAN; t++) {
+        const uint16_t *held = s.recent + size_t(std::max(0, first + t - old)) * s.width;
+        if (t < count && first + t < old) read_row(s, codes_at, first + t, row);
+        for (int p = 0; p < pairs; p++) {
+            uint32_t both = 0;
+            if (t < count && first + t >= old) std::memcpy(&both, held + 2 * p, 2 * p + 1 < s.width ? 4 : 2);
+            else if (t < count) both = to_bf16(row[2 * p]) | (2 * p + 1 < s.width ? uint32_t(to_bf16(row[2 * p + 1])) << 16 : 0);
+            panel[p * SPAN + t] = both;
+        }
+    }
+}
+
+// Keys of one head, (channels, 32): rows of the factor times pairs [from, to) of a panel.
+template <int MB> void some_keys(const uint16_t *up, size_t stride, const uint32_t *panel, int from, int to, float *keys) {
+    Reals sum[MB][2] = {};
+    for (int p = from; p < to; p++) {
+        const Words first = *reinterpret_cast<const Words *>(panel + p * SPAN), second = *reinterpret_cast<const Words *>(panel + p * SPAN + HALF);
+        for (int m = 0; m < MB; m++) {
+            uint32_t two;
+            std::memcpy(&two, up + m * stride + 2 * p, 4);
+#if HAS_BF16
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(int(two));
+            sum[m][0] = (Reals)_mm512_dpbf16_ps((__m512)sum[m][0], (__m512bh)first, both);
+            sum[m][1] = (Reals)_mm512_dpbf16_ps((__m512)sum[m][1], (__m512bh)second, both);
+#else
+            const float even = from_bf16(uint16_t(two)), odd = from_bf16(uint16_t(two >> 16));
+            sum[m][0] += even * (Reals)(first << 16) + odd * (Reals)(first & 0xffff0000u);
+            sum[m][1] += even * (Reals)(second << 16) + odd * (Reals)(second & 0xffff0000u);
+#endif
+        }
+    }
+    for (int m = 0; m < MB; m++) lanes(keys + m * SPAN) = sum[m][0], lanes(keys + m * SPAN + HALF) = sum[m][1];
+}
+
+void expand(const uint16_t *up, size_t stride, const uint32_t *panel, int from, int to, int channels, float *keys) {
+    int c = 0;
+    for (; c + 8 <= channels; c += 8) some_keys<8>(up + c * stride, stride, panel, from, to, keys + c * SPAN);
+    for (; c < channels; c++) some_keys<1>(up + c * stride, stride, panel, from, to, keys + c * SPAN);
+}
+
+// Turns keys (channels, 32) in place. turns: cosines, then sines, (channels / 2, 32) of the same tokens.
+void turn_keys(float *keys, const float *turns, int half) {
+    for (int i = 0; i < half * SPAN; i++) {
+        const float low = keys[i], high = keys[half * SPAN + i], cos = turns[i], sin = turns[half * SPAN + i];
+        keys[i] = low * cos - high * sin;
+        keys[half * SPAN + i] = high * cos + low * sin;
+    }
+}
+
+float dot(const float *a, const float *b, int count) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int c = 0; c < count; c++) sum += a[c] * b[c];
+    return sum;
+}
+
+struct Attention {
+    const CacheSide &keys, &values;
+    const float *queries, *turns;
+    float *scores;  // (heads, seen)
+    int seen, heads, kv_heads, channels;
+
+    // Scores of the 32 tokens from `first`.
+    void score(int first, const Unpacker &codes_at, float *tile, uint32_t *panel) const {
+        const int count = std::min(SPAN, seen - first), shared = heads / kv_heads;
+        const bool by_channel = keys.by_channel && first < old_tokens(keys);
+        if (!keys.up && !by_channel) return score_rows(first, count, codes_at, tile);
+        if (keys.up) read_panel(keys, codes_at, first, count, panel, tile);
+        const int pairs = (keys.width + 1) / 2, own = keys.width / kv_heads;
+        for (int kv = 0; kv < kv_heads; kv++) {
+            if (keys.up) {
+                const int from = keys.each ? kv * own / 2 : 0, to = keys.each ? ((kv + 1) * own + 1) / 2 : pairs;
+                expand(keys.up + size_t(kv) * channels * 2 * pairs, 2 * size_t(pairs), panel, from, to, channels, tile);
+                turn_keys(tile, turns + size_t(first) * channels, channels / 2);
+            } else {
+                for (int c = 0; c < channels; c++) read_channel(keys, codes_at, first / SPAN, kv * channels + c, lanes(tile + c * SPAN), lanes(tile + c * SPAN + HALF));
+            }
+            for (int head = kv * shared; head < (kv + 1) * shared; head++) {
+                Reals sum[2] = {};
+                for (int c = 0; c < channels; c++)
+                    for (int i = 0; i < 2; i++) sum[i] += queries[head * channels + c] * lanes(tile + c * SPAN + i * HALF);
+                std::memcpy(scores + size_t(head) * seen + first, sum, sizeof(float) * count);
+            }
+        }
+    }
+
+    void score_rows(int first, int count, const Unpacker &codes_at, float *row) const {
+        const int shared = heads / kv_heads;
+        for (int t = 0; t < count; t++) {
+            read_row(keys, codes_at, first + t, row);
+            for (int head = 0; head < heads; head++) scores[size_t(head) * seen + first + t] = dot(queries + head * channels, row + head / shared * channels, channels);
+        }
+    }
+
+    int mixed_width() const { return !values.up ? channels : values.each ? values.width / kv_heads : values.width; }
+
+    // Adds the shares of 8 tokens' rows to `mixed`, (heads, padded width).
+    void mix(int first, const Unpacker &codes_at, float *rows, float *mixed) const {
+        const int count = std::min(ROWS, seen - first), width = mixed_width(), stride = padded(values.width), shared = heads / kv_heads;
+        for (int t = 0; t < count; t++) read_row(values, codes_at, first + t, rows + t * stride);
+        for (int head = 0; head < heads; head++) {
+            const float *own = rows + (values.up && !values.each ? 0 : head / shared * width);
+            float share[ROWS] = {}, *out = mixed + size_t(head) * stride;
+            std::memcpy(share, scores + size_t(head) * seen + first, sizeof(float) * count);
+#pragma omp simd
+            for (int e = 0; e < width; e++) {
+                float sum = out[e];
+                for (int t = 0; t < ROWS; t++) sum += share[t] * own[t * stride + e];
+                out[e] = sum;
+            }
+        }
+    }
+
+    // What was mixed, through the factor where there is one.
+    void finish(const float *mixed, uint16_t *out) const {
+        const int width = mixed_width(), stride = padded(values.width), shared = heads / kv_heads;
+        const size_t up_width = 2 * size_t((values.width + 1) / 2);
+        for (int head = 0; head < heads; head++) {
+            const float *own = mixed + size_t(head) * stride;
+            const int kv = head / shared, base = values.each ? kv * width : 0;
+            for (int c = 0; c < channels; c++) {
+                float sum = values.up ? 0 : own[c];
+                if (values.up) {
+                    const uint16_t *up = values.up + size_t(kv * channels + c) * up_width + base;
+#pragma omp simd reduction(+ : sum)
+                    for (int e = 0; e < width; e++) sum += own[e] * from_bf16(up[e]);
+                }
+                out[head * channels + c] = to_bf16(sum);
+            }
+        }
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// qkv: a token's queries (heads, channels), its row of keys and its row of values, latent where that side has a factor; both are appended.
+// cos, sin: of its position. turns: for every 32 positions cosines, then sines, (channels / 2, 32). out: (heads, channels).
+void bitpress_attend_cache(const uint16_t *qkv, const float *cos, const float *sin, const float *turns, CacheSide *keys, CacheSide *values, uint16_t *out,
+                           int heads, int kv_heads, int channels, float scale, int threads) {
+    thread_local std::vector<float> room;
+    thread_local std::vector<uint16_t> turned;
+    const uint16_t *key = qkv + size_t(heads) * channels, *value = key + keys->width;
+    const int seen = old_tokens(*keys) + keys->count + 1, stride = padded(values->width);
+    room.assign(size_t(heads) * (channels + seen + stride) + channels, 0.0f);
+    float *queries = room.data(), *scores = queries + heads * channels, *mixed = scores + size_t(heads) * seen, *one = mixed + heads * stride;
+    if (!keys->up) {
+        turned.resize(keys->width);
+        for (int kv = 0; kv < kv_heads; kv++) {
+            turn(key + kv * channels, cos, sin, channels, one);
+            for (int c = 0; c < channels; c++) turned[kv * channels + c] = to_bf16(one[c]);
+        }
+        key = turned.data();
+    }
+    append(*keys, key);
+    append(*values, value);
+    for (int head = 0; head < heads; head++) turn(qkv + head * channels, cos, sin, channels, queries + head * channels);
+    for (int i = 0; i < heads * channels; i++) queries[i] *= scale;
+    const Attention attention{*keys, *values, queries, turns, scores, seen, heads, kv_heads, channels};
+    const Unpacker key_codes(keys->bits ? keys->bits : 8), value_codes(values->bits ? values->bits : 8);
+    if (size_t(seen) * heads * channels < 400000) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const int pairs = (keys->width + 1) / 2;
+        std::vector<float> tile(size_t(std::max({SPAN * channels, padded(keys->width), ROWS * stride + TILE}))), own(size_t(heads) * stride, 0.0f);
+        std::vector<uint32_t> panel(keys->up ? size_t(pairs) * SPAN : 0);
+#pragma omp for schedule(static)
+        for (int first = 0; first < seen; first += SPAN) attention.score(first, key_codes, tile.data(), panel.data());
+#pragma omp for schedule(static)
+        for (int head = 0; head < heads; head++) softmax(scores + size_t(head) * seen, seen);
+        std::fill(tile.begin(), tile.end(), 0.0f);
+#pragma omp for schedule(static) nowait
+        for (int first = 0; first < seen; first += ROWS) attention.mix(first, value_codes, tile.data(), own.data());
+#pragma omp critical
+        for (int i = 0; i < heads * stride; i++) mixed[i] += own[i];
+    }
+    attention.finish(mixed, out);
+}
+}
