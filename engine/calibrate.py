@@ -5,7 +5,7 @@ with `use_cache=False`: a block called twice with a cache would append to it, an
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -18,7 +18,7 @@ from bitpress.engine.errors import Cancelled, InputError
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.model.load import compute_dtype
 from bitpress.engine.model.surgery import get
-from bitpress.engine.statistics import STATISTICS, Statistic
+from bitpress.engine.statistics import STATISTICS, WEIGHTED, Statistic
 
 Requests = dict[str, set[str]]  # layer name -> names of statistics
 BlockStats = dict[str, dict[str, Tensor]]  # layer name -> statistic name -> its result
@@ -43,6 +43,7 @@ def walk(
     dtype: torch.dtype | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_inputs: OnInputs | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Visit the blocks in order and call `on_block(index, stats)` after each, stats being those asked for of its layers.
 
@@ -53,7 +54,8 @@ def walk(
     too, `on_block` is called once for each group of a block's layers that run together, and the statistics of a group are
     of what the changed groups before it put out. A layer that no row reached has no statistics. Forwards run in
     `dtype` (None: `compute_dtype` of the model's device); weights of another type are cast for a block's time and put
-    back before `on_block`. Raises InputError for an unknown layer or statistic, Cancelled when told to stop.
+    back before `on_block`. `weights`: float32 [S, L] for each layer whose statistics weigh tokens (statistics.WEIGHTED).
+    Raises InputError for an unknown layer or statistic, Cancelled when told to stop.
     """
     _check(requests, anatomy, ids_SL)
     device = next(model.parameters()).device
@@ -65,7 +67,7 @@ def walk(
             on_inputs(index, hidden)
         for group in _groups(anatomy, index, within_block and sequential):
             names = {name: get(model, name) for name in group if requests.get(name)}
-            listener = _Listener({name: requests[name] for name in names})
+            listener = _Listener({name: requests[name] for name in names}, weights or {})
             if names or not sequential:
                 with listener.listening(block, names):
                     _advance(block, hidden, calls[index], dtype, should_stop, keep=not sequential)
@@ -265,8 +267,9 @@ class Stream:
 class _Listener:
     """Feeds statistics from the inputs of one block's layers. Layers that read the same tensor (q, k and v) share each statistic."""
 
-    def __init__(self, wanted: Requests) -> None:
-        self.wanted = wanted
+    def __init__(self, wanted: Requests, weights: Mapping[str, Tensor]) -> None:
+        self.wanted, self.weights = wanted, weights
+        self.sequences = range(0)  # of the forward under way
         self.leader: dict[str, str] = {}  # layer -> the first layer that reads the same tensor
         self.kept: dict[tuple[str, str], Statistic] = {}  # (leader, statistic's name)
         self.inputs: dict[int, tuple[Tensor, str]] = {}  # of the forward under way; the tensor is held so that its id stays its own
@@ -275,22 +278,27 @@ class _Listener:
     @contextmanager
     def listening(self, block: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
         """Hear the inputs of these layers of the block."""
-        handles = [block.register_forward_pre_hook(lambda module, args: self._begin())]
+        handles = [block.register_forward_pre_hook(lambda module, args: self._begin(len(args[0])))]
         handles += [module.register_forward_pre_hook(self._hook(name)) for name, module in layers.items()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            self._begin()
+            self._begin(0)
 
     def results(self) -> BlockStats:
         """Every statistic by layer; layers that share one get the same tensor. A layer that no row reached has none."""
         done = {key: statistic.result() for key, statistic in self.kept.items()}
-        return {name: {kind: done[self.leader[name], kind] for kind in kinds} if name in self.leader else {} for name, kinds in self.wanted.items()}
+        return {name: {kind: done[self._owner(name, kind), kind] for kind in kinds} if name in self.leader else {} for name, kinds in self.wanted.items()}
 
-    def _begin(self) -> None:
+    def _owner(self, name: str, kind: str) -> str:
+        """Who keeps a layer's statistic: the first that reads the same tensor, but the layer itself where its tokens have weights of their own."""
+        return name if kind in WEIGHTED else self.leader[name]
+
+    def _begin(self, sequences: int) -> None:
         """A new batch enters the block."""
+        self.sequences = range(self.sequences.stop, self.sequences.stop + sequences)
         self.inputs.clear()
         self.fed.clear()
 
@@ -304,6 +312,15 @@ class _Listener:
         _, leader = self.inputs.setdefault(id(x), (x, name))
         self.leader[name] = leader
         for kind in self.wanted[name]:
-            if (leader, kind) not in self.fed:
-                self.fed.add((leader, kind))
-                self.kept.setdefault((leader, kind), STATISTICS[kind]()).add(x.reshape(-1, x.shape[-1]))
+            key = self._owner(name, kind), kind
+            if key not in self.fed:
+                self.fed.add(key)
+                self.kept.setdefault(key, STATISTICS[kind]()).add(self._rows(name, kind, x))
+
+    def _rows(self, name: str, kind: str, x: Tensor) -> Tensor:
+        """The tokens of a batch, [M, K]; each times the root of its weight where the statistic weighs them."""
+        rows_MK = x.reshape(-1, x.shape[-1])
+        if kind not in WEIGHTED:
+            return rows_MK
+        weights_M = self.weights[name][self.sequences.start : self.sequences.stop].flatten()
+        return rows_MK.float() * weights_M.sqrt()[:, None]

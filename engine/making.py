@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitpress.engine.blockwise import Reconstruction
-from bitpress.engine.calibrate import walk
+from bitpress.engine.calibrate import Requests, walk
 from bitpress.engine.calibration_set import CalibrationSet
 from bitpress.engine.checkpoint import Checkpoint
 from bitpress.engine.errors import Cancelled
@@ -23,6 +23,8 @@ from bitpress.engine.mask_stats import write_mask
 from bitpress.engine.methods.base import Statistics
 from bitpress.engine.model import surgery
 from bitpress.engine.shape import Shaped
+from bitpress.engine.statistics import WEIGHTED
+from bitpress.engine.token_weights import token_weights
 from bitpress.engine.train import Learner, Student, Training
 from bitpress.kernels.packed import PackedLinear
 
@@ -106,7 +108,16 @@ class Making:
             within_block=any(job.within_block for job in inside),
             should_stop=self.should_stop,
             on_inputs=self.side.enter if self.side else None,
+            weights=self.token_weights(requests, calibration),
         )
+
+    def token_weights(self, requests: Requests, calibration: CalibrationSet) -> dict[str, Tensor]:
+        """How much each token counts for the layers whose statistics weigh tokens; one backward of the model as it stands."""
+        layers = [place for place, kinds in requests.items() if kinds & WEIGHTED]
+        if not layers:
+            return {}
+        self.note("Looking at what an error at each token does to the predictions, by one backward.")
+        return token_weights(self.shaped.model, self.shaped.anatomy, calibration.ids_SL, layers, self.seed, self.should_stop)
 
     def by_stage(self, jobs: list[LayerJob], together: Callable[[list[LayerJob]], list[StoredLayer]]) -> None:
         """Make matrices together, those of one stage after those of another; what a stage has finished is found again."""

@@ -135,11 +135,14 @@ class PooledCovariance:
 STATISTICS: dict[str, Callable[[], Statistic]] = {
     "second_moment": SecondMoment,
     "gram": Gram,
+    "loss_gram": Gram,
     "mean_abs": MeanAbs,
     "peak": Peak,
     "mean": Mean,
     "pooled_covariance": PooledCovariance,
 }
+
+WEIGHTED = frozenset({"loss_gram"})  # each token counts by its weight for the layer (engine.token_weights)
 
 
 def _mean(total: Tensor | None, rows: int) -> Tensor:

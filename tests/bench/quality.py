@@ -3,13 +3,15 @@
 Every method, ours or a rival's, gets the same calibration tokens and is measured on the same windows by the same code, so
 that differences are of methods. A rival runs in its own environment (`--rivals DIR`, one folder each, made by the user) and
 hands back plain weights; a rival without an environment is skipped and says so. Ratios carry 95% intervals, paired by window.
-Each finished row is kept in `--out`, so that a long bench can be cut short and gone on with. Exit 1 when a promise is broken.
+Each finished row is kept in `--out`, and each finished layer of a row under way, so that a long bench can be cut short and gone on
+with; seconds are added up over such goes. Exit 1 when a promise is broken.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,7 @@ from bitpress.engine.data.texts import load_text, resolve_text
 from bitpress.engine.data.tokens import token_windows
 from bitpress.engine.errors import BitpressError
 from bitpress.engine.home import home
+from bitpress.engine.layer_store import LayerStore
 from bitpress.engine.measure.interval import Interval, safe_exp, t_interval
 from bitpress.engine.measure.perplexity import measure_alone
 from bitpress.engine.model import library, load, surgery
@@ -60,6 +63,8 @@ METHODS: dict[str, Ours] = {
     "hqq": Ours(({"method": "hqq"},), weights=FLOAT_ZERO),
     "gptq": Ours((GPTQ,)),
     "gptq, no clip search": Ours(({"method": "gptq", "options": {"clip_search": False}},)),
+    "gptq, mended": Ours(({"method": "gptq", "options": {"rounds": 3}},)),
+    "gptq, mended, by loss": Ours(({"method": "gptq", "options": {"rounds": 3, "by_loss": True}},), weights=FLOAT_ZERO),
     "gptq, true sequential": Ours(({"method": "gptq", "options": {"true_sequential": True}},)),
     "awq + rtn": Ours(({"method": "awq"}, RTN)),
     "awq + gptq": Ours(({"method": "awq"}, GPTQ)),
@@ -89,11 +94,11 @@ class Rival:
 
 
 RIVALS: dict[str, Rival] = {
-    "llm-compressor GPTQ": Rival("llmcompressor", "llmcompressor_gptq.py", (4, 3), "gptq"),
+    "llm-compressor GPTQ": Rival("llmcompressor", "llmcompressor_gptq.py", (4, 3, 2), "gptq"),
     "llm-compressor AWQ": Rival("llmcompressor", "llmcompressor_awq.py", (4,), "awq + rtn"),
-    "hqq (library)": Rival("hqq", "hqq_weights.py", (4, 3), "hqq"),
+    "hqq (library)": Rival("hqq", "hqq_weights.py", (4, 3, 2), "hqq"),
     "bitsandbytes NF4": Rival("bnb", "bitsandbytes_nf4.py", (4,), "nf4"),
-    "auto-round, 50 iterations": Rival("autoround", "autoround_weights.py", (4,), "gptq"),
+    "auto-round, 50 iterations": Rival("autoround", "autoround_weights.py", (4, 3, 2), "gptq"),
 }
 WITHIN = 1.01  # ratio of perplexities to the rival that made the method popular
 SPEED = 0.5  # of llm-compressor's wall time for GPTQ
@@ -119,6 +124,23 @@ class Row:
         """Ratio of perplexities to another row's, with its paired interval."""
         gaps = [one - two for one, two in zip(self.nll, other.nll, strict=True)]
         return (t_interval(gaps) or Interval(gaps[0], gaps[0], gaps[0])).exp()
+
+
+class Stopwatch:
+    """Seconds spent on one row, over all goes at it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.started = path, time.perf_counter()
+        self.before = float(json.loads(path.read_text(encoding="utf8"))) if path.exists() else 0.0
+
+    def keep(self) -> float:
+        """Write the seconds so far down, and give them."""
+        seconds = self.before + time.perf_counter() - self.started
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(seconds), encoding="utf8")
+        partial.replace(self.path)
+        return seconds
 
 
 class Bench:
@@ -162,8 +184,13 @@ class Bench:
         """Compress by one method and measure. The seconds are the compression's own, calibration walk included."""
         if (name, bits) in self.rows:
             return
-        made = compress(self.loaded, self._recipe(METHODS[name], bits), calibration=self.tokens)
-        self.keep(Row(name, bits, self.measure(made.model), made.seconds))
+        recipe = self._recipe(METHODS[name], bits)
+        under_way = self.path.with_suffix("") / recipe.digest()[:16]
+        watch = Stopwatch(under_way / "seconds.json")
+        made = compress(self.loaded, recipe, lambda kind, data: watch.keep(), LayerStore(under_way), calibration=self.tokens)
+        seconds = watch.keep()
+        self.keep(Row(name, bits, self.measure(made.model), seconds))
+        shutil.rmtree(under_way)
 
     def _recipe(self, method: Ours, bits: int) -> Recipe:
         weights = {"bits": bits, "group_size": self.group, "symmetric": False, **(method.weights or {})}

@@ -146,6 +146,8 @@ def _behind(right_RK: Tensor, stats: Statistics, method: LinearMethod, options: 
         return {}
     gram_RR = output_moment(right_RK, stats["gram"])
     known = {"gram": gram_RR, "second_moment": gram_RR.diagonal()}
+    if "loss_gram" in stats:
+        known["loss_gram"] = output_moment(right_RK, stats["loss_gram"])
     if missing := sorted(method.needs_for(options) - set(known)):
         why = f"It needs {missing[0]} of the inputs, which is not known between two factors."
         raise InputError(f"The method {method.name} cannot quantise the factors of a low-rank matrix.", why, "Use rtn or gptq for these layers.")

@@ -11,6 +11,7 @@ from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import LinearMethod, MethodOptions, Outcome, Statistics
 from bitpress.engine.methods.obs import factorise, keeping, sweep
 from bitpress.engine.methods.quantize.pipeline import (
+    SCALE_DTYPE,
     ClipSearch,
     Codes,
     Grid,
@@ -23,6 +24,7 @@ from bitpress.engine.methods.quantize.pipeline import (
     search_grid,
     to_groups,
 )  # fmt: skip
+from bitpress.engine.methods.quantize.refine import Target, refine
 from bitpress.engine.recipe import BITS, Scheme, WeightScheme
 
 
@@ -57,6 +59,18 @@ class GptqOptions(MethodOptions):
         description="Try narrower ranges for each group and keep the one of least error, each weight's error weighted by its input's mean square.",
     )
     candidates: int = Field(default=40, ge=2, le=99, title="Ranges tried", description="The range is shrunk by 1% for each one tried. Used with the search.")
+    by_loss: bool = Field(
+        default=False,
+        title="Weigh tokens by what they decide",
+        description="An error at a token counts by what it does to the model's predictions, from one backward of the whole model over the text.",
+    )
+    rounds: int = Field(
+        default=0,
+        ge=0,
+        le=50,
+        title="Rounds of mending",
+        description="Then scales and codes are changed in turn wherever that lowers the error of the outputs. A round takes about as long as the rounding.",
+    )
     exponent: float = Field(
         default=2.0, ge=1.0, le=4.0, title="Error exponent", description="The search minimises the sum of |error| to this power. Larger avoids large errors."
     )
@@ -72,9 +86,13 @@ class Gptq(LinearMethod):
     citation = "Frantar et al. 2023, GPTQ: accurate post-training quantization for generative pre-trained transformers, arXiv 2210.17323."
     cost = "About a minute for 135 million weights on two cores; grows with the calibration text and with the cube of a layer's inputs."
     use_when = "Choose it at 3 and 4 bits when there is text that resembles what the model will read."
-    ability = Ability(part="weights", bits=BITS)
+    ability = Ability(part="weights", bits=BITS, zeros=("integer", "float"))
     needs = frozenset({"gram"})
     Options = GptqOptions
+
+    def needs_for(self, options: GptqOptions) -> frozenset[str]:
+        """Second moments of the inputs, each token's alike or by its weight."""
+        return frozenset({"loss_gram"}) if options.by_loss else self.needs
 
     def within_block(self, options: GptqOptions) -> bool:
         """With `true_sequential` each group of layers sees what the rounded layers before it in the block put out."""
@@ -83,17 +101,31 @@ class Gptq(LinearMethod):
     def apply(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: GptqOptions) -> Outcome:
         """Quantise one matrix so that the error of its outputs on the calibration inputs is small."""
         weights = self.weights_of(scheme)
-        gram_KK = stats["gram"]
+        gram_KK = stats["loss_gram" if options.by_loss else "gram"]
         power_K = gram_KK.diagonal()
         order_K = power_K.argsort(descending=True, stable=True) if options.act_order else torch.arange(len(power_K))
         factor = factorise(gram_KK[order_K][:, order_K], options.damping)
         clip = ClipSearch(options.candidates, options.exponent) if options.clip_search else None
-        grids = Grids(weights, clip, power_K.float())
+        whole = weights.model_copy(update={"zero": "integer"})
+        grids = Grids(whole, clip, power_K.float())
         if options.static_groups or options.act_order:
             grids.fix(weight_NK)
         pruned = scheme.sparsity is not None and scheme.sparsity.ratio > 0
-        codes = round_in_order(weight_NK, order_K, factor.upper_KK, grids, weight_NK != 0 if pruned else None)
+        keep_NK = weight_NK != 0 if pruned else None
+        codes = round_in_order(weight_NK, order_K, factor.upper_KK, grids, keep_NK)
+        codes = refine(floating(codes, weights), Target(weight_NK, damped(gram_KK, options.damping)), weights, options.rounds, keep_NK)
         return Outcome(dequantize_groups(codes, weights), codes, notes=factor.notes)
+
+
+def floating(codes: Codes, scheme: WeightScheme) -> Codes:
+    """The same codes, whole zeros kept as floats where the scheme has those."""
+    return codes if scheme.zero == "integer" or codes.zeros_NG is None else codes._replace(zeros_NG=codes.zeros_NG.to(SCALE_DTYPE))
+
+
+def damped(gram_KK: Tensor, damping: float) -> Tensor:
+    """Second moments with a share of their mean on the diagonal, float32 [K, K]."""
+    diagonal_K = gram_KK.diagonal()
+    return (gram_KK + torch.diag(diagonal_K.mean() * damping + (diagonal_K <= 0))).float()
 
 
 class Grids:

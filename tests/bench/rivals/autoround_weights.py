@@ -12,10 +12,10 @@ if __name__ == "__main__":
     say = arguments()
     ids, tokenizer = sequences(say), AutoTokenizer.from_pretrained(say.model)
     model = AutoModelForCausalLM.from_pretrained(say.model, dtype=torch.bfloat16)
-    texts = [tokenizer.decode(row) for row in ids]
+    rows = list(ids.split(1))  # the tokens themselves: text would be cut into tokens again, and not into the same ones
     started = time.perf_counter()
     made = AutoRound(
-        model, tokenizer, bits=say.bits, group_size=say.group, sym=False, iters=50, nsamples=len(ids), seqlen=ids.shape[1], device_map="cpu", dataset=texts
+        model, tokenizer, bits=say.bits, group_size=say.group, sym=False, iters=50, nsamples=len(ids), seqlen=ids.shape[1], device_map="cpu", dataset=rows
     ).quantize()
     model = made[0] if isinstance(made, tuple) else made
     hand_back(say, {name: layer.weight for name, layer in linears(model).items()}, time.perf_counter() - started, f"auto-round {version('auto-round')}")
