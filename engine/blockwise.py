@@ -189,5 +189,6 @@ class _Training:
 
     def tell(self, trial: Trial, step: int, error: float, loss: float | None = None) -> None:
         """Say how far the block is."""
-        told = {"block": self.run_.block, "step": step, "steps": self.options.steps, "held_out": error, "start": trial.start, "best": trial.best}
+        told: dict[str, float] = {"block": self.run_.block, "matrices": len(self.weights), "step": step, "steps": self.options.steps}
+        told |= {"held_out": error, "start": trial.start, "best": trial.best}
         self.run_.emit("block_loss", told if loss is None else {**told, "loss": loss})

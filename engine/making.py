@@ -22,6 +22,7 @@ from bitpress.engine.layer_store import LayerStore, MadeFrom, StoredLayer
 from bitpress.engine.mask_stats import write_mask
 from bitpress.engine.methods.base import Statistics
 from bitpress.engine.model import surgery
+from bitpress.engine.pace import Pace
 from bitpress.engine.shape import Shaped
 from bitpress.engine.statistics import WEIGHTED
 from bitpress.engine.token_weights import token_weights
@@ -64,7 +65,14 @@ class Making:
     should_stop: ShouldStop
     side: Reconstruction | None = None  # the dense stream, where a method compares with it
     results: list[LayerResult] = field(default_factory=list)
-    started: float = field(default_factory=time.perf_counter)
+    pace: Pace = field(init=False)
+
+    stage_begun: float = 0.0
+    weights_under_way: int = 0
+
+    def __post_init__(self) -> None:
+        self.sizes = {job.part.name: job.part.numel for job in self.jobs}
+        self.pace = Pace(sum(self.sizes.values()), self.shaped.anatomy.blocks)
 
     def run(self, calibration: CalibrationSet | None) -> None:
         """Make everything: through the calibration walk where a method needs statistics, else straight on."""
@@ -87,7 +95,8 @@ class Making:
         for job in inside:
             blocks.setdefault(self.shaped.anatomy.by_name[job.place].block or 0, []).append(job)
         if any(job.trained for job in inside):
-            self.side = Reconstruction(surgery.twin(self.shaped.model), self.shaped.anatomy, calibration.ids_SL, self.seed, self.emit, self.should_stop)
+            twin = surgery.twin(self.shaped.model)
+            self.side = Reconstruction(twin, self.shaped.anatomy, calibration.ids_SL, self.seed, self.hear_training, self.should_stop)
         seen: dict[str, Statistics] = {}
 
         def on_block(block: int, stats: Mapping[str, Statistics]) -> None:
@@ -107,9 +116,15 @@ class Making:
             on_block,
             within_block=any(job.within_block for job in inside),
             should_stop=self.should_stop,
-            on_inputs=self.side.enter if self.side else None,
+            on_inputs=self.enter,
             weights=self.token_weights(requests, calibration),
         )
+
+    def enter(self, block: int, hidden: list[Tensor]) -> None:
+        """The walk stands before a block."""
+        self.pace.enter()
+        if self.side:
+            self.side.enter(block, hidden)
 
     def token_weights(self, requests: Requests, calibration: CalibrationSet) -> dict[str, Tensor]:
         """How much each token counts for the layers whose statistics weigh tokens; one backward of the model as it stands."""
@@ -125,9 +140,16 @@ class Making:
         for stage in stages:
             self.one_stage([job for job in jobs if id(job.methods[-1]) == stage], together)
 
+    def hear_training(self, kind: str, data: dict[str, Any]) -> None:
+        """Pass on what a training says, and how far the whole is by it."""
+        self.emit(kind, data)
+        if kind == "block_loss" and data["step"]:
+            self.tell_progress(data["step"] / data["steps"] * self.weights_under_way, time.perf_counter() - self.stage_begun)
+
     def one_stage(self, jobs: list[LayerJob], together: Callable[[list[LayerJob]], list[StoredLayer]]) -> None:
         """What one stage makes, unless all of it is finished."""
-        begun = time.perf_counter()
+        begun = self.stage_begun = time.perf_counter()
+        self.weights_under_way = sum(job.part.numel for job in jobs)
         found = [self.store.load(job.part.name, self.made_from) if self.store else None for job in jobs]
         reused = all(found)
         stored = [layer for layer in found if layer] if reused else together(jobs)
@@ -214,8 +236,15 @@ class Making:
         self.emit("note", {"level": "info", "text": text})
 
     def tell(self) -> None:
-        self.emit("layer_done", vars(self.results[-1]).copy())
-        done = sum(job.part.numel for job in self.jobs[: len(self.results)])
-        left = sum(job.part.numel for job in self.jobs[len(self.results) :])
-        eta = (time.perf_counter() - self.started) * left / done
-        self.emit("progress", {"done": len(self.results), "total": len(self.jobs), "eta_s": round(eta, 2)})
+        result = self.results[-1]
+        if result.reused:
+            self.pace.found(self.sizes[result.layer])
+        else:
+            self.pace.add(self.sizes[result.layer], result.seconds)
+        self.emit("layer_done", vars(result).copy())
+        self.tell_progress()
+
+    def tell_progress(self, under_way: float = 0.0, spent: float = 0.0) -> None:
+        """How many matrices are done, and the time left. under_way: weights that a training has as good as made, in `spent` seconds."""
+        left = self.pace.left(under_way, spent)
+        self.emit("progress", {"done": len(self.results), "total": len(self.jobs), "eta_s": None if left is None else round(left, 2)})

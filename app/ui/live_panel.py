@@ -13,8 +13,9 @@ from bitpress.app import state
 from bitpress.app.ui import charts
 from bitpress.app.ui.notices import show_error
 from bitpress.app.ui.numbers import amount, duration, memory, signed_percent
-from bitpress.app.ui.run_view import RunView, Window, fold
+from bitpress.app.ui.run_view import RunView, Training, Window, fold
 from bitpress.app.ui.theme import COMPRESSED_COLOUR, DENSE_COLOUR
+from bitpress.app.ui.training_chart import training_chart
 from bitpress.engine.errors import BitpressError
 from bitpress.engine.runs import jobs
 from bitpress.engine.runs.status import Status
@@ -50,9 +51,19 @@ def progress_line(status: Status, view: RunView) -> tuple[float, str]:
     words = phase.replace("_", " ").capitalize() or "Starting"
     unit = UNITS.get(phase, "step")
     parts = [words] + ([f"{unit} {min(done, total)} of {total}"] if total else [])
+    under_way = view.trainings.get(view.training) if view.training is not None else None
+    if under_way is not None and under_way.block is not None:  # a training of the whole model is a phase of its own
+        parts.append(f"training block {under_way.block}, step {under_way.last} of {under_way.steps}")
     left = view.eta_s if view.phase else status.eta_s
     parts += [f"about {duration(left)} left"] if left is not None and left >= 1 else []
-    return (min(1.0, done / total) if total else 0.0), " · ".join(parts)
+    trained = trained_matrices(under_way, total - done) if under_way and under_way.block is not None else 0.0
+    return (min(1.0, (done + trained) / total) if total else 0.0), " · ".join(parts)
+
+
+def trained_matrices(training: Training, left: int) -> float:
+    """How many matrices a training has as good as made: its share of those of its block."""
+    count = int(training.points[training.last].get("matrices", 0)) if training.points else 0
+    return min(count, left) * training.last / max(1, training.steps)
 
 
 def engine_state(status: Status | None, view: RunView | None) -> None:
@@ -74,11 +85,17 @@ def live_panel(run: Run, status: Status, view: RunView) -> None:
         _ending(run, status)
         left, middle, right = st.columns([5, 5, 3])
         with left:
-            perplexity_chart(view.windows, f"perplexity-{run.id}")
+            if view.trainings and not view.windows:
+                training_chart(view, f"training-{run.id}")
+            else:
+                perplexity_chart(view.windows, f"perplexity-{run.id}")
         with middle:
             error_chart(view, f"errors-{run.id}")
         with right:
             resources(view)
+        if view.trainings and view.windows:
+            with st.expander("Training"):
+                training_chart(view, f"training-{run.id}")
         with st.expander("Log and notes"):
             for level, text in view.notes[-8:]:
                 st.caption(f"{level}: {text}")

@@ -27,8 +27,30 @@ class Window:
 
 
 @dataclass
+class Training:
+    """What a training has said: one block's, or the whole model's (`block` None). `points`: its data by step; all have `held_out`."""
+
+    block: int | None
+    steps: int
+    points: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def held_out(self) -> list[tuple[int, float]]:
+        """Step and error on the sequences that are not trained on, where it was measured."""
+        return [(step, float(data["held_out"])) for step, data in self.points.items() if isinstance(data.get("held_out"), int | float)]
+
+    @property
+    def last(self) -> int:
+        """The last step that was heard of."""
+        return max(self.points, default=0)
+
+
+@dataclass
 class RunView:
-    """Everything a live panel draws. `layers` by name: the data of `layer_done`; `samples` by (prompt, side): token records."""
+    """Everything a live panel draws. `layers` by name: the data of `layer_done`; `samples` by (prompt, side): token records.
+
+    trainings: by block, -1 for one of the whole model. trials: what a search tried, in order.
+    """
 
     cursor: int = 0
     phase: str = ""
@@ -42,6 +64,9 @@ class RunView:
     samples: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
     resources: list[dict[str, float]] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
+    trainings: dict[int, Training] = field(default_factory=dict)
+    training: int | None = None  # the one under way
+    trials: list[dict[str, Any]] = field(default_factory=list)
 
     def errors(self) -> dict[str, float]:
         """Relative error by layer, of the layers that have one."""
@@ -76,6 +101,7 @@ def fold(view: RunView, events: Iterable[Event]) -> RunView:
 
 def _stage(view: RunView, data: Mapping[str, Any]) -> None:
     view.phase = str(data.get("stage") or data.get("phase") or data.get("name") or "")
+    view.training, view.trials = None, []
     view.done, view.total, view.eta_s = 0, int(data.get("total") or 0), None
 
 
@@ -88,6 +114,7 @@ def _layer(view: RunView, data: Mapping[str, Any]) -> None:
     name = str(data.get("layer"))
     view.layers[name] = dict(data)
     view.fresh.add(name)
+    view.training = None
 
 
 def _window(view: RunView, data: Mapping[str, Any]) -> None:
@@ -117,7 +144,21 @@ def _note(view: RunView, data: Mapping[str, Any]) -> None:
     view.notes.append((str(data.get("level", "info")), str(data.get("text", ""))))
 
 
+def _training(view: RunView, data: Mapping[str, Any]) -> None:
+    block, step = data.get("block"), int(data.get("step") or 0)
+    key = -1 if block is None else int(block)
+    if step == 0 or key not in view.trainings:
+        view.trainings[key] = Training(block, int(data.get("steps") or 0))
+    points = view.trainings[key].points  # a training that is resumed goes on from its last checkpoint
+    view.trainings[key].points = {**{at: told for at, told in points.items() if at < step}, step: dict(data)}
+    view.training = key
+
+
+def _trial(view: RunView, data: Mapping[str, Any]) -> None:
+    view.trials.append(dict(data))
+
+
 _HANDLERS = {
     "stage_started": _stage, "progress": _progress, "layer_done": _layer, "window": _window, "metrics": _metrics, "sample": _sample,
-    "resources": _resources, "note": _note,
+    "resources": _resources, "note": _note, "block_loss": _training, "train_loss": _training, "trial": _trial,
 }  # fmt: skip

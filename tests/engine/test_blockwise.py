@@ -189,3 +189,12 @@ def test_dropped_blocks_are_left_out_of_both_streams(in_memory: Build, exact: No
     _, said = made(loaded, recipe(bits=8, structure={"drop_blocks": [1]}, options={"steps": 0}))
     assert [data["block"] for data in losses(said)] == [0, 1]
     assert losses(said)[-1]["start"] < 1e-3
+
+
+def test_progress_and_the_time_left_are_told_while_a_block_trains(in_memory: Build) -> None:
+    _, said = made(in_memory("llama"), recipe())
+    first = next(place for place, (kind, _) in enumerate(said) if kind == "layer_done")
+    early = [data for kind, data in said[:first] if kind == "progress"]
+    assert early and all(data["done"] == 0 and data["total"] == 21 and data["eta_s"] > 0 for data in early)
+    assert {data["matrices"] for data in losses(said)} == {7}
+    assert said[-1][1]["done"] == 21 and said[-1][1]["eta_s"] == 0
