@@ -133,13 +133,24 @@ def size_of(recipe: Recipe, anatomy: Anatomy) -> Size:
     item = anatomy.itemsize
     schemes, shapes = recipe.resolve(anatomy), recipe.reduced(anatomy).by_name
     layers = {name: _stored(shapes[name], scheme, item) for name, scheme in schemes.items()}
+    held = {name: shared_params(shapes[name], recipe) for name in layers}
+    layers |= {name: item * params for name, params in held.items() if params is not None}
     linears = sum(layers.values())
     ends = [(anatomy.embedding, recipe.embedding), *([(anatomy.head, recipe.head)] if anatomy.head else [])]
     layers |= {part.name: _bytes_of(part, embedding_layout(scheme, item)) for part, scheme in ends}
-    kept_params = sum(shapes[name].numel for name in schemes)
+    kept_params = sum(shapes[name].numel if params is None else params for name, params in held.items())
     rest = _rest_params(recipe, anatomy)
     params = kept_params + sum(part.numel for part, _ in ends) + rest
     return Size(anatomy.bytes, sum(layers.values()) + rest * item, linears, kept_params, params, layers)
+
+
+def shared_params(part: Part, recipe: Recipe) -> int | None:
+    """Numbers that a linear of a block that shares holds: its own factors, and the common matrix where its block is the first; None elsewhere."""
+    holder = recipe.structure.holder_of(part.block) if part.block is not None else None
+    if holder is None:
+        return None
+    own = (recipe.structure.share_rank or 0) * (part.out_features + part.in_features)
+    return own + (part.numel if holder == part.block else 0)
 
 
 def _rest_params(recipe: Recipe, anatomy: Anatomy) -> int:
@@ -170,7 +181,10 @@ def flops_per_token(recipe: Recipe | None, anatomy: Anatomy, context: int = 0) -
 def linear_multiplies(recipe: Recipe, anatomy: Anatomy) -> int:
     """Multiply-adds of all block linears for one token: NK of a whole matrix, r(N + K) of a factored one."""
     shapes = recipe.reduced(anatomy).by_name
-    return sum(_multiplies(shapes[name], settled(scheme, shapes[name], anatomy.itemsize)) for name, scheme in recipe.resolve(anatomy).items())
+    own = sum(_multiplies(shapes[name], settled(scheme, shapes[name], anatomy.itemsize)) for name, scheme in recipe.resolve(anatomy).items())
+    blocks = {block for group in recipe.structure.share_blocks for block in group}
+    beside = sum(part.out_features + part.in_features for part in shapes.values() if part.block in blocks)
+    return own + (recipe.structure.share_rank or 0) * beside
 
 
 def _multiplies(part: Part, scheme: Scheme) -> int:

@@ -196,7 +196,10 @@ class Recipe(Strict):
     def _scheme_problems(self, anatomy: Anatomy) -> list[Problem]:
         shapes = self.reduced(anatomy).by_name
         schemes = self.resolve(anatomy).items()
-        return _told((f"schemes ({name})", *told) for name, scheme in schemes for told in scheme_problems(scheme, shapes[name]))[:MOST_TOLD]
+        found = [(f"schemes ({name})", *told) for name, scheme in schemes for told in scheme_problems(scheme, shapes[name])]
+        shared = [name for name, scheme in schemes if not scheme.is_dense and self.structure.holder_of(shapes[name].block or 0) is not None]
+        right = "Set weights, sparsity and rank of these blocks to dense, or do not share them."
+        return _told([*found, *((f"schemes ({name})", "Its block shares its matrices, which stay dense.", right) for name in shared)])[:MOST_TOLD]
 
     def _structure_problems(self, anatomy: Anatomy) -> list[Problem]:
         found = structure_problems(self.structure, anatomy)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitpress.engine.errors import BitpressError, Cancelled, InputError
-from bitpress.engine.model import narrow, slicing, surgery
+from bitpress.engine.model import narrow, sharing, slicing, surgery
 from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.model.load import Loaded, compute_dtype
 from bitpress.engine.recipe import Recipe, Scheme
@@ -136,6 +136,13 @@ class Scene:
         added = self.structure.added_biases or []
         if not self.dense.by_name[dense_name].bias and dense_name not in added:
             self.structure = self.structure.model_copy(update={"added_biases": [*added, dense_name]})
+
+    def set_factors(self, name: str, left_NR: Tensor, right_RK: Tensor) -> None:
+        """Give a linear that will share its matrix the factors of its own; they are kept with the run."""
+        module = surgery.get(self.model, name)
+        for kind, factor in ((sharing.LEFT, left_NR), (sharing.RIGHT, right_RK)):
+            setattr(module, kind, nn.Parameter(factor.to(next(module.parameters())), requires_grad=False))
+            self.repaired.add(f"{self.dense_name(name)}.{kind}")
 
     def dense_name(self, name: str) -> str:
         """The dense model's name of a linear of the model."""

@@ -16,7 +16,7 @@ from bitpress.engine.errors import BitpressError, InputError
 from bitpress.engine.layer_store import MadeFrom, ShapeStore
 from bitpress.engine.methods import registry
 from bitpress.engine.methods.base import MethodOptions, ShapeMethod
-from bitpress.engine.model import surgery
+from bitpress.engine.model import sharing, surgery
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.recipe import Recipe
@@ -76,6 +76,9 @@ def summary(made: Recipe, anatomy: Anatomy) -> str:
     units = [reduced.units_of(block) for block in reduced.present]
     share = 1 - reduced.linear_params / anatomy.linear_params
     heads, neurons = sum(unit.heads for unit in units), sum(unit.neurons for unit in units)
+    if made.structure.share_blocks:
+        words = "; ".join(f"{', '.join(map(str, group[:-1]))} and {group[-1]}" for group in made.structure.share_blocks)
+        return f"Blocks {words} share their matrices, each with rank {made.structure.share_rank or 0} of its own."
     counts = f"{heads} of {anatomy.blocks * anatomy.heads} heads, {neurons:,} of {anatomy.blocks * anatomy.ffn:,} neurons"
     if stream := made.structure.stream:
         extra = stream.turns(anatomy.hidden, anatomy.blocks) / anatomy.linear_params
@@ -127,4 +130,5 @@ def shape_twin(loaded: Loaded, chosen: Chosen) -> Shaped:
     made = moved(reduced, sorted(numbers))
     places = {old.name: new.name for old, new in zip(reduced.linears, made.linears, strict=True)}
     load_repaired(model, chosen.tensors, places)
+    sharing.share(model, sharing.layers_together(anatomy, recipe.structure.share_blocks), places)
     return Shaped(model, made, places)

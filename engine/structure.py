@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from bitpress.engine.errors import InputError
-from bitpress.engine.fields import Keep, Strict, Whole
+from bitpress.engine.fields import Keep, Rank, Strict, Whole
 from bitpress.engine.model.anatomy import Anatomy, Units
 from bitpress.engine.targets import chosen_blocks, matches
 
@@ -39,7 +39,8 @@ class Structure(Strict):
     """What changes the model's shape.
 
     drop_blocks: block numbers or a selector such as "odd" or "last4". remove_heads, remove_neurons: block -> numbers of query
-    heads or neurons; a key-value head goes with the last of its query heads. heads, neurons: shares, later lines win.
+    heads or neurons; a key-value head goes with the last of its query heads. heads, neurons: shares, later lines win. share_blocks: groups
+    of blocks that hold one set of matrices together; share_rank: rank of the product that each of them has of its own beside each, none without it.
     """
 
     drop_blocks: list[Whole] | str = Field(default_factory=list)
@@ -48,6 +49,7 @@ class Structure(Strict):
     heads: UnitShare | list[UnitShare] | None = None
     neurons: UnitShare | list[UnitShare] | None = None
     share_blocks: list[list[Whole]] = Field(default_factory=list)
+    share_rank: Rank | None = None
     stream: Stream | None = None  # as a stage has chosen it, which keeps the directions with the run
     added_biases: list[str] | None = None  # layers to which a repair gave a bias, by the dense model's names
 
@@ -70,6 +72,10 @@ class Structure(Strict):
         """The neurons that stay, in order."""
         gone = set((self.remove_neurons or {}).get(block, ()))
         return [neuron for neuron in range(anatomy.ffn) if neuron not in gone]
+
+    def holder_of(self, block: int) -> int | None:
+        """The block whose matrices this block uses, itself the first of a group; None for a block that shares nothing."""
+        return next((group[0] for group in self.share_blocks if block in group), None)
 
     def share_of(self, kind: str, anatomy: Anatomy, block: int) -> float:
         """The share of `heads` or `neurons` that a block keeps; 1 where no line speaks of it."""
@@ -109,7 +115,8 @@ Problems = list[tuple[str, str, str]]  # (field, what is wrong, what would be ri
 def structure_problems(structure: Structure, anatomy: Anatomy) -> Problems:
     """What of a structure does not fit a model."""
     of_units = [*_head_problems(structure, anatomy), *_neuron_problems(structure, anatomy)]
-    return [*_block_problems(structure, anatomy), *of_units, *_stream_problems(structure, anatomy)]
+    found = [*_block_problems(structure, anatomy), *of_units, *_stream_problems(structure, anatomy)]
+    return found or _sharing_problems(structure, anatomy)
 
 
 def _stream_problems(structure: Structure, anatomy: Anatomy) -> Problems:
@@ -152,6 +159,25 @@ def _neuron_problems(structure: Structure, anatomy: Anatomy) -> Problems:
     return _number_problems(field, "neuron", structure.remove_neurons or {}, anatomy.ffn, anatomy)
 
 
+def _sharing_problems(structure: Structure, anatomy: Anatomy) -> Problems:
+    field, groups = "structure.share_blocks", structure.share_blocks
+    members = [block for group in groups for block in group]
+    if outside := [block for block in members if not 0 <= block < anatomy.blocks]:
+        return [(field, f"The model has no block {outside[0]}.", f"Blocks are 0 to {anatomy.blocks - 1}.")]
+    if any(len(group) < 2 for group in groups):
+        return [(field, "A block cannot share with none.", "Name at least two blocks a group, such as [14, 15].")]
+    if twice := [block for block in members if members.count(block) > 1]:
+        return [(field, f"Block {twice[0]} is named twice.", "Put every block in one group at most.")]
+    if gone := sorted(set(members) & set(structure.dropped(anatomy.blocks))):
+        return [(field, f"Block {gone[0]} is dropped.", "Leave it in drop_blocks or in share_blocks.")]
+    if groups and (structure.remove_heads or structure.remove_neurons or structure.shares or structure.stream):
+        return [(field, "Blocks that lose heads, neurons or channels have matrices of unlike shapes.", "Share blocks, or remove those.")]
+    least = min((min(part.out_features, part.in_features) for block in members for part in anatomy.of_block(block)), default=0)
+    if structure.share_rank and groups and structure.share_rank > least:
+        return [("structure.share_rank", f"Rank {structure.share_rank} is past the {least} that the smallest matrix can have.", f"Use at most {least}.")]
+    return []
+
+
 def _number_problems(field: str, word: str, gone: Mapping[int, list[int]], count: int, anatomy: Anatomy) -> Problems:
     for block, numbers in gone.items():
         if not 0 <= block < anatomy.blocks:
@@ -185,7 +211,8 @@ def then(first: Structure, second: Structure, anatomy: Anatomy) -> Structure:
     neurons = merge(first, second, anatomy, Structure.kept_neurons)
     both = sorted(dropped | {survivors[block] for block in second.dropped(len(survivors))})
     biases = [name for name in first.added_biases or () if anatomy.by_name[name].block not in both] or None
-    return Structure(drop_blocks=both, remove_heads=heads, remove_neurons=neurons or None, share_blocks=first.share_blocks, added_biases=biases)
+    made = Structure(drop_blocks=both, remove_heads=heads, remove_neurons=neurons or None, added_biases=biases)
+    return made.model_copy(update={"share_blocks": first.share_blocks, "share_rank": first.share_rank})
 
 
 def blocks_to_remove(blocks: int, share: float) -> int:

@@ -100,9 +100,11 @@ def _method_problems(recipe: Recipe, entries: dict[str, dict[str, Any]]) -> list
 
 def _unserved(recipe: Recipe, entries: dict[str, dict[str, Any]]) -> list[Problem]:
     """Fields of a recipe that no method, or no stage of this recipe, acts on."""
-    asked = {"structure.share_blocks": recipe.structure.share_blocks}
-    wrong = "No method in this Bitpress does this."
-    found = [Problem(field=name, wrong=wrong, right="Remove the field.") for name, value in asked.items() if value]
+    found = []
+    sharing = [name for name, entry in entries.items() if "sharing" in entry["ability"].get("units", ())]
+    if recipe.structure.share_blocks and not any(stage.method in sharing for stage in recipe.stages):
+        right = f"Add a stage such as `method: {sharing[0]}`." if sharing else "Remove the field."
+        found.append(Problem(field="structure.share_blocks", wrong="Blocks are to share their matrices, but no stage makes them common.", right=right))
     if recipe.structure.stream:
         wrong = "The directions of the hidden states are a stage's to choose."
         found.append(Problem(field="structure.stream", wrong=wrong, right="Remove the field, and add a stage `method: slicegpt`."))

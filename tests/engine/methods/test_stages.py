@@ -47,7 +47,7 @@ def test_a_recipe_that_fits_has_no_problems(found: Callable[..., list[Problem]])
         ({"schemes": [FOUR_BITS, HALF], "stages": [{"method": "rtn"}, {"method": "magnitude"}]}, "stages", "after its weights", "prune or factor before"),
         ({"structure": {"heads": {"keep": 0.5}}}, "structure.heads", "no stage chooses", "Add a stage"),
         ({"structure": {"neurons": {"keep": 0.5}}}, "structure.neurons", "no stage chooses", "Add a stage"),
-        ({"structure": {"share_blocks": [[0, 1]]}}, "structure.share_blocks", "No method", "Remove"),
+        ({"structure": {"share_blocks": [[0, 1]]}}, "structure.share_blocks", "no stage makes them common", "block-sharing"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_named(found: Callable[..., list[Problem]], fields: dict[str, Any], field: str, wrong: str, right: str) -> None:

@@ -1,0 +1,1 @@
+"""Methods that store something once for several places."""
