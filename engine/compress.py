@@ -27,7 +27,7 @@ from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.prepare import needs_text, preparations, prepare, prepare_again
 from bitpress.engine.recipe import Recipe
-from bitpress.engine.shape import chosen_for, reads_text, restore, shape_twin
+from bitpress.engine.shape import chosen_for, reads_text, restore, shape_twin, tell_ends
 
 __all__ = ["Compressed", "LayerResult", "LayerStore", "compress", "load_compressed"]
 
@@ -86,6 +86,7 @@ def compress(
     if store:
         store.check(job.part.name for job in jobs)
     tell_whole(chosen.recipe, loaded.anatomy, emit)
+    tell_ends(chosen.recipe, loaded.anatomy, emit)
     making = Making(loaded.model, shaped, jobs, made_from, recipe.seed, emit, store, should_stop)
     making.run(calibration)
     size = weights_of(shaped.model, loaded.anatomy.block_prefix, loaded.anatomy.itemsize).stored_bytes

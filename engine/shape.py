@@ -87,6 +87,15 @@ def summary(made: Recipe, anatomy: Anatomy) -> str:
     return f"{len(units)} of {anatomy.blocks} blocks, {counts} stay; {share:.1%} of the block linears' weights are gone."
 
 
+def tell_ends(recipe: Recipe, anatomy: Anatomy, emit: Emit) -> None:
+    """Say so when the first or the last block goes, which only a recipe can name: no method takes them."""
+    ends = sorted({0, anatomy.blocks - 1} & set(recipe.dropped_blocks(anatomy)))
+    if ends:
+        words = " and ".join("the first block" if block == 0 else "the last block" for block in ends)
+        text = f"{words.capitalize()} of the model goes. Models mostly fail without it: take {' and '.join(map(str, ends))} out of `structure.drop_blocks`."
+        emit("note", {"level": "warning", "text": text})
+
+
 def chosen_for(
     loaded: Loaded, recipe: Recipe, ids_SL: Tensor | None, made_from: MadeFrom, emit: Emit, folder: Path | None, should_stop: Callable[[], bool]
 ) -> Chosen:

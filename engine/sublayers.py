@@ -1,7 +1,7 @@
 """The two sublayers of a block, attention and MLP, as what they add to the residual stream. Knows blocks and hooks; refuses to know methods.
 
 A sublayer's *features* are the inputs of its last matrix (o, or down); a unit (head or neuron) is a run of them. Works on models in
-which a block is x + attention + MLP; others are refused.
+which a block is x + attention + MLP, or in which each sum is normed at once, as in BERT; others are refused.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bitpress.engine.calibrate import Call, enter
 from bitpress.engine.errors import InputError
-from bitpress.engine.measure.logits import Scorer, scorer_of, slices
+from bitpress.engine.measure.logits import Scorer, answers_once, scorer_of, slices
 from bitpress.engine.methods.repair import inverse_root
 from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.model.surgery import get
@@ -21,6 +21,7 @@ from bitpress.engine.scene import BATCH, LAYOUT, Scene
 
 Kind = Literal["heads", "neurons"]
 KINDS: tuple[Kind, Kind] = ("heads", "neurons")
+FIRST = ("gate", "up", "gate_up", "fc1")  # roles of what reads the stream for the MLP
 LAST = {"heads": ("o",), "neurons": ("down", "fc2")}
 
 
@@ -40,10 +41,11 @@ def last_matrix(anatomy: Anatomy, key: Key) -> Part:
 
 
 class Caught(NamedTuple):
-    """What one forward of a block did, batch by batch: features and results of both sublayers, and the block's output."""
+    """What one forward of a block did, batch by batch: features and results of both sublayers, the stream that each adds to, and the block's output."""
 
     features: dict[Kind, list[Tensor]]
     added: dict[Kind, list[Tensor]]
+    base: dict[Kind, list[Tensor]]
     output: list[Tensor]
 
 
@@ -70,7 +72,10 @@ class Stream:
         features: dict[Kind, list[Tensor]] = {kind: [] for kind in KINDS}
         added: dict[Kind, list[Tensor]] = {kind: [] for kind in KINDS}
         output: list[Tensor] = []
+        read: list[Tensor] = []  # by the MLP
         with ExitStack() as stack:
+            first = next(part for part in self.scene.anatomy.of_block(block) if part.role in FIRST)
+            stack.callback(get(self.model, first.name).register_forward_pre_hook(lambda _, args: read.append(args[0])).remove)
             for kind in KINDS:
                 module = get(self.model, last_matrix(self.scene.anatomy, Key(block, kind)).name)
                 handle = module.register_forward_hook(_keeper(features[kind], added[kind]))
@@ -78,17 +83,26 @@ class Stream:
             for x_BLd in self.hidden:
                 self.scene.check()
                 output.append(run(self.blocks[block], x_BLd, self.calls[block][len(x_BLd)]))
-        self._check(block, added, output)
-        return Caught(features, added, output)
+        between = self._between(block, added, output, read)
+        return Caught(features, added, {"heads": list(self.hidden), "neurons": between}, output)
 
-    def _check(self, block: int, added: Mapping[Kind, list[Tensor]], output: list[Tensor]) -> None:
-        summed = self.hidden[0] + added["heads"][0] + added["neurons"][0]
-        if not torch.allclose(summed.float(), output[0].float(), rtol=0.05, atol=0.05 * float(output[0].float().abs().max())):
-            raise InputError("This model cannot be repaired.", f"Block {block} is not the sum of its input and two sublayers.", LAYOUT)
+    def _between(self, block: int, added: Mapping[Kind, list[Tensor]], output: list[Tensor], read: list[Tensor]) -> list[Tensor]:
+        """The stream that the MLP adds to: input and attention summed, or that normed, which is then what the MLP reads."""
+        summed = [x + y for x, y in zip(self.hidden, added["heads"], strict=True)]
+        if _close(summed[0] + added["neurons"][0], output[0]):
+            return summed
+        norms = [module for module in self.blocks[block].modules() if "Norm" in type(module).__name__]
+        if any(_close(norm(read[0] + added["neurons"][0]), output[0]) for norm in norms) and any(_close(norm(summed[0]), read[0]) for norm in norms):
+            return read
+        raise InputError("This model cannot be repaired.", f"Block {block} is not the sum of its input and two sublayers.", LAYOUT)
 
     def move(self, hidden: list[Tensor]) -> None:
         """Take these as the next block's input."""
         self.hidden = hidden
+
+
+def _close(made: Tensor, wanted: Tensor) -> bool:
+    return torch.allclose(made.float(), wanted.float(), rtol=0.05, atol=0.05 * float(wanted.float().abs().max()))
 
 
 def run(block: nn.Module, x_BLd: Tensor, call: Call) -> Tensor:
@@ -150,17 +164,24 @@ def masking(model: nn.Module, anatomy: Anatomy, masks: Mapping[Key, Tensor]) -> 
 Loss = Callable[[Tensor, slice], Tensor]  # (float32 logits [P, V] of a slice of all positions, the slice) -> a sum over the slice
 
 
+def predicting(hidden: Tensor) -> Tensor:
+    """What predictions are made of, [P, D]: all positions but the last of every sequence, or [B, C], the answer of a classifier to each."""
+    return hidden[:, :-1].flatten(0, 1) if hidden.ndim == 3 else hidden
+
+
 def backward(scorer: Scorer, ids_BL: Tensor, loss: Loss) -> None:
     """Backward of the mean over positions of a loss, its logits made slice by slice; gradients gather where they are asked for."""
-    hidden_PD = scorer.hidden(ids_BL)[:, :-1].flatten(0, 1)
+    hidden_PD = predicting(scorer.hidden(ids_BL))
     leaf_PD = hidden_PD.detach().requires_grad_()
     for part in slices(len(leaf_PD), scorer.vocab):
         (loss(scorer.logits(leaf_PD[part]), part) / len(leaf_PD)).backward()
     hidden_PD.backward(leaf_PD.grad)
 
 
-def task_loss(ids_BL: Tensor) -> Loss:
-    """Negative log-likelihood of the next token."""
+def task_loss(model: nn.Module, ids_BL: Tensor) -> Loss:
+    """Negative log-likelihood of the next token; of a classifier's own answer, since its text comes without labels."""
+    if answers_once(model):
+        return lambda logits_BC, part: torch.nn.functional.cross_entropy(logits_BC, logits_BC.detach().argmax(1), reduction="sum")
     targets_P = ids_BL[:, 1:].flatten()
     return lambda logits_PV, part: torch.nn.functional.cross_entropy(logits_PV, targets_P[part], reduction="sum")
 

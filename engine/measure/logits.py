@@ -125,10 +125,17 @@ def scorer_of(model: nn.Module) -> Scorer:
     """The split of a model where it reproduces the model's own logits on a few tokens, else the model whole; through its cache where that is compressed."""
     if getattr(model, "kv_scheme", None) is not None:
         return CacheScorer(model)
+    if answers_once(model):
+        return WholeScorer(model)
     has_backbone = isinstance(model, PreTrainedModel) and model.base_model is not model
     if has_backbone and _reproduces(split := SplitScorer(model), model):
         return split
     return WholeScorer(model)
+
+
+def answers_once(model: nn.Module) -> bool:
+    """Whether a model classifies whole sequences: its logits are [B, C], and no position has any of its own."""
+    return "ForSequenceClassification" in type(model).__name__
 
 
 @torch.inference_mode()

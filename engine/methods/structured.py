@@ -203,9 +203,8 @@ def remove_bottom_up(scene: Scene, units: Units, decide: Decide, how: Repairing)
     teacher, student = Stream(twin(scene.model), scene), Stream(scene.model, scene)
     for block in range(scene.anatomy.blocks):
         caught = teacher.catch(block)
-        after_attention = [x + y for x, y in zip(teacher.hidden, caught.added["heads"], strict=True)]
-        ways: tuple[tuple[Kind, list[Tensor]], ...] = (("heads", after_attention), ("neurons", caught.output))
-        for kind, goal in ways:
+        for kind in KINDS:
+            goal = [x + y for x, y in zip(caught.base[kind], caught.added[kind], strict=True)]
             _remove_one(scene, units, student, Key(block, kind), goal, decide, how)
         teacher.move(caught.output)
         student.move(student.through(block))
@@ -216,12 +215,11 @@ def _remove_one(scene: Scene, units: Units, student: Stream, key: Key, goal: lis
     if key not in units.keys:
         return
     caught = student.catch(key.block)
-    before = student.hidden if key.kind == "heads" else [x + y for x, y in zip(student.hidden, caught.added["heads"], strict=True)]
     stay = decide(key, student, caught)
     part = last_matrix(scene.anatomy, key)
     module: Any = get(scene.model, part.name)
     bias_d = module.bias
-    wanted = [g - b - (0 if bias_d is None else bias_d) for g, b in zip(goal, before, strict=True)]
+    wanted = [g - b - (0 if bias_d is None else bias_d) for g, b in zip(goal, caught.base[key.kind], strict=True)]
     kept_F = units.features(key, stay)
     sizes = [len(units.features(key, [unit])) for unit in stay]
     groups_F = torch.repeat_interleave(torch.arange(len(stay)), torch.tensor(sizes))

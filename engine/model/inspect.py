@@ -1,6 +1,6 @@
 """Name the parts of a loaded model: blocks, linears by role, embedding, head. Knows torch modules; changes nothing.
 
-Families: Llama, Mistral, Qwen2/3, Gemma, GPT-2 (Conv1D), OPT, GPT-NeoX/Pythia, Phi. Any other model falls back to what
+Families: Llama, Mistral, Qwen2/3, Gemma, GPT-2 (Conv1D), OPT, GPT-NeoX/Pythia, Phi, BERT, DistilBERT. Any other model falls back to what
 can be seen: its longest list of blocks, and role "other" for linears whose name says nothing.
 """
 
@@ -30,6 +30,7 @@ DEFAULT_CONTEXT = 2048  # for a model whose config names no limit
 
 ROLE_OF_LEAF = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "qkv_proj": "qkv", "c_attn": "qkv", "query_key_value": "qkv", "o_proj": "o", "out_proj": "o",
+    "query": "q", "key": "k", "value": "v", "q_lin": "q", "k_lin": "k", "v_lin": "v", "out_lin": "o", "lin1": "fc1", "lin2": "fc2",
     "gate_proj": "gate", "up_proj": "up", "gate_up_proj": "gate_up", "down_proj": "down",
     "fc1": "fc1", "fc2": "fc2", "c_fc": "fc1", "dense_h_to_4h": "fc1", "dense_4h_to_h": "fc2", "fc_in": "fc1", "fc_out": "fc2",
 }  # fmt: skip
@@ -153,6 +154,8 @@ def _linears(blocks: nn.ModuleList, prefix: str) -> Iterator[Part]:
 def role_of(name: str) -> str:
     """The role of a linear by its name inside its block, "other" when the name says nothing."""
     path = name.split(".")
+    if path[-2:] == ["intermediate", "dense"]:
+        return "fc1"
     if path[-1] in OUTPUTS:
         return "o" if any("attn" in step or "attention" in step for step in path[:-1]) else "fc2"
     return ROLE_OF_LEAF.get(path[-1], "other")

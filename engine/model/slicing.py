@@ -38,7 +38,7 @@ def keep_heads(model: nn.Module, anatomy: Anatomy, block: int, heads: Sequence[i
     for role, rows in (("q", queries), ("k", keys), ("v", keys)):
         keep_outputs(get(model, parts[role]), rows)
     keep_inputs(get(model, parts["o"]), queries)
-    attention = get(model, parts["o"].rpartition(".")[0])
+    attention = get(model, parts["q"].rpartition(".")[0])
     _tell(attention, [groups.index(group) for group in read], len(groups))
 
 
@@ -63,7 +63,7 @@ def key_head_of(anatomy: Anatomy, block: int, model: nn.Module | None = None) ->
     """For every query head of a block the key-value head that it reads."""
     units = anatomy.units_of(block)
     if model is not None:
-        name = next(part.name for part in anatomy.of_block(block) if part.role == "o")
+        name = next(part.name for part in anatomy.of_block(block) if part.role == "q")
         uneven = getattr(get(model, name.rpartition(".")[0]), "key_head_of", None)
         if isinstance(uneven, Tensor):
             return uneven.tolist()

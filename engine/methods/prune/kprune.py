@@ -15,7 +15,7 @@ from bitpress.engine.methods.repair import Repairing
 from bitpress.engine.methods.structured import Scores, StructuredMethod, StructuredOptions, Units, budget_of, remove_bottom_up, select
 from bitpress.engine.model.surgery import get, linear_weight, twin
 from bitpress.engine.scene import Scene
-from bitpress.engine.sublayers import Caught, Key, Loss, Stream, drawn_loss, feature_moments, knowledge_loss, last_matrix, mask_gradients, task_loss
+from bitpress.engine.sublayers import Caught, Key, Loss, Stream, drawn_loss, feature_moments, knowledge_loss, last_matrix, mask_gradients, predicting, task_loss
 
 
 class KPruneOptions(StructuredOptions):
@@ -89,7 +89,7 @@ class Knowledge:
         self.scene, self.units, self.options = scene, units, options
         self.teacher = scorer_of(twin(scene.model))
         with torch.no_grad():
-            self.taught = [self.teacher.hidden(ids_BL)[:, :-1].flatten(0, 1) for ids_BL in scene.batches()]
+            self.taught = [predicting(self.teacher.hidden(ids_BL)) for ids_BL in scene.batches()]
 
     def scores(self, keys: list[Key], student: Stream | None) -> Scores:
         """(lam_rep K_rep + lam_pred K_pred) / F of every unit of these sublayers, heads times their weight; each kind as a share of its sum."""
@@ -113,7 +113,7 @@ class Knowledge:
 
     def _loss(self, number: int, ids_BL: Tensor) -> Loss:
         if self.options.predictive_from == "text":
-            return task_loss(ids_BL)
+            return task_loss(self.scene.model, ids_BL)
         if self.options.predictive_from == "drift":
             return knowledge_loss(self.teacher, self.taught[number], self.options.temperature)
         return drawn_loss(self.teacher, self.taught[number], self.options.temperature, number)

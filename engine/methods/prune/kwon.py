@@ -33,7 +33,7 @@ class Kwon(StructuredMethod):
     def score(self, scene: Scene, units: Units, options: Any) -> Scores:
         """The diagonal Fisher information of each unit's mask; the gradients are kept for the rearrangement."""
         columns: dict[Key, list[Tensor]] = {key: [] for key in units.keys}
-        for done, batch in enumerate(mask_gradients(scene, units.keys, lambda _, ids_BL: task_loss(ids_BL)), start=1):
+        for done, batch in enumerate(mask_gradients(scene, units.keys, lambda _, ids_BL: task_loss(scene.model, ids_BL)), start=1):
             for key, gradient_F in batch.items():
                 columns[key].append(units.per_unit(key, gradient_F))
             scene.tell(done, -(-len(scene.ids_SL) // 4))

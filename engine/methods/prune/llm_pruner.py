@@ -52,7 +52,7 @@ def gather_gradients(scene: Scene) -> None:
     for module in _linears(scene):
         module.weight.requires_grad_(True)
     for done, ids_BL in enumerate(scene.batches(), start=1):
-        backward(scorer, ids_BL, task_loss(ids_BL))
+        backward(scorer, ids_BL, task_loss(scene.model, ids_BL))
         scene.tell(min(len(scene.ids_SL), done * len(ids_BL)), len(scene.ids_SL))
 
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bitpress.engine.measure.logits import scorer_of
+from bitpress.engine.measure.logits import answers_once, scorer_of
 from bitpress.engine.measure.perplexity import nll_of
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.prune.greedy_depth import loss_without
@@ -76,9 +76,13 @@ class Mope(StructuredMethod):
 class Trial:
     """The loss on a few sequences with some features at zero, run from the block at hand."""
 
+    @torch.no_grad()
     def __init__(self, scene: Scene, ids_SL: Tensor) -> None:
         self.scene, self.scorer, self.ids_SL, self.block = scene, scorer_of(scene.model), ids_SL, 0
         self.stream = Stream(scene.model, scene, ids_SL)
+        self.answers: list[Tensor] = []  # a classifier's own to each batch, which it is held to
+        if answers_once(scene.model):
+            self.answers = [self.scorer.hidden(ids_BL).argmax(1) for ids_BL in ids_SL.split(self.stream.batch)]
         self.whole = self._loss({}, 0)
 
     def stand_at(self, block: int) -> None:
@@ -94,13 +98,18 @@ class Trial:
         mask_F[features] = 0
         return self._loss({key: mask_F}, self.block) - self.whole
 
+    def _losses(self, number: int, ids_BL: Tensor) -> Tensor:
+        if self.answers:
+            return torch.nn.functional.cross_entropy(self.scorer.hidden(ids_BL).float(), self.answers[number], reduction="none")
+        return nll_of(self.scorer, ids_BL)
+
     @torch.no_grad()
     def _loss(self, masks: dict[Key, Tensor], block: int) -> float:
         losses = []
-        for ids_BL, x_BLd in zip(self.ids_SL.split(self.stream.batch), self.stream.hidden, strict=True):
+        for number, (ids_BL, x_BLd) in enumerate(zip(self.ids_SL.split(self.stream.batch), self.stream.hidden, strict=True)):
             with masking(self.scene.model, self.scene.anatomy, masks), skipping(self.scene.model, self.scene.anatomy, block, x_BLd):
-                losses.append(nll_of(self.scorer, ids_BL).double().sum())
-        return float(sum(losses)) / (self.ids_SL.numel() - len(self.ids_SL))
+                losses.append(self._losses(number, ids_BL).double().flatten())
+        return float(torch.cat(losses).mean())
 
 
 def _drop(scene: Scene, options: MopeOptions) -> None:

@@ -45,10 +45,10 @@ def loss_of(model: torch.nn.Module) -> torch.Tensor:
 
 def test_mask_gradients_are_those_of_a_finite_difference(scene: Scene) -> None:
     key = Key(1, "neurons")
-    (found,) = mask_gradients(scene, [key, Key(1, "heads")], lambda _, ids_BL: task_loss(ids_BL))
+    (found,) = mask_gradients(scene, [key, Key(1, "heads")], lambda _, ids_BL: task_loss(scene.model, ids_BL))
     stream = Stream(scene.model, scene)
     stream.move(stream.through(0))
-    (skipped,) = mask_gradients(scene, [key], lambda _, ids_BL: task_loss(ids_BL), stream)
+    (skipped,) = mask_gradients(scene, [key], lambda _, ids_BL: task_loss(scene.model, ids_BL), stream)
     assert torch.allclose(found[key], skipped[key], atol=1e-6)
     module, step, losses = get(scene.model, "model.layers.1.mlp.down_proj"), 0.05, []
     neuron = int(found[key].abs().argmax())
@@ -158,7 +158,7 @@ def test_fisher_is_the_sum_of_squared_mask_gradients(scene: Scene) -> None:
     units, found = score(scene, "kwon")
     for key, gradient_UB in units.gradients.items():
         assert torch.allclose(found[key], gradient_UB.square().sum(1))
-    (batch,) = mask_gradients(scene, [Key(0, "heads")], lambda _, ids_BL: task_loss(ids_BL))
+    (batch,) = mask_gradients(scene, [Key(0, "heads")], lambda _, ids_BL: task_loss(scene.model, ids_BL))
     per_group = batch[Key(0, "heads")].view(2, 32).sum(1)
     assert torch.allclose(found[Key(0, "heads")].float(), per_group.square(), rtol=1e-3)
 
