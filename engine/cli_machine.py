@@ -31,9 +31,9 @@ def doctor(as_json: Json = False, home: Home = None) -> None:
 @machine.command()
 def bench(what: Annotated[str, typer.Argument(help="kernels, decode or prefill")],
           model: Annotated[str | None, typer.Option("--model", help="For decode and prefill.")] = None,
-          quick: Annotated[bool, typer.Option("--quick", help="Under 45 s.")] = False,
+          quick: Annotated[bool, typer.Option("--quick", help="Fewer sides and rounds.")] = False,
           rival_python: Annotated[list[str] | None, typer.Option("--rival-python", help="NAME=PYTHON of a rival, such as llama.cpp=/path/to/python.")] = None,
-          rival_file: Annotated[str | None, typer.Option("--rival-file", help="A GGUF file of the same weights, for llama.cpp.")] = None,
+          rival_file: Annotated[str | None, typer.Option("--rival-file", help="A GGUF file of the same weights; without it one of 4 bits is written.")] = None,
           as_json: Json = False, home: Home = None) -> None:  # fmt: skip
     """Time the kernels, or how a model decodes and reads a prompt, on this machine; 1 when figures cannot be true."""
     from bitpress.engine import rivals

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from bitpress.engine.errors import InputError
 from bitpress.engine.model.load import compute_dtype
 from bitpress.kernels import cpu_step
-from bitpress.kernels.cpu_token import BlockParts, TokenStep
+from bitpress.kernels.cpu_token import BlockParts, EndParts, TokenStep
 from bitpress.kernels.packed import PackedEmbedding, PackedLinear
 from bitpress.kernels.rows import join
 
@@ -93,7 +93,9 @@ class Decoder:
     @torch.inference_mode()
     def step(self, token_id: int) -> Tensor:
         """Add one token. Returns the next one's logits [V], float32. Raises InputError when the cache is full."""
-        return self._loop.logits(self.extend([token_id]))[0]
+        if self.position >= self.max_length:
+            raise context_overflow(self.position, 1, self.max_length)
+        return self._loop.next_logits(token_id)
 
     @torch.inference_mode()
     def extend(self, ids: Tensor | list[int]) -> Tensor:
@@ -220,7 +222,8 @@ class _OwnLoop:
     def whole_step(self) -> TokenStep | None:
         """All blocks of a step as one call; None where they differ in shape or some part has no such path. Laying codes out takes a moment."""
         alike = len({(block.heads, block.kv_heads, block.neurons) for block in self.blocks}) == 1
-        return TokenStep.of([block.parts for block in self.blocks]) if alike else None
+        ends = EndParts(self.embed, (self.norm.weight_D, self.norm.epsilon), self.head)
+        return TokenStep.of([block.parts for block in self.blocks], ends) if alike else None
 
     def _allocate(self, decoder: Decoder) -> None:
         sizes = [2 * block.kv_heads for block in self.blocks]  # planes of keys and values of each block, in one tensor
@@ -258,6 +261,21 @@ class _OwnLoop:
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, V], float32."""
         return self.head(hidden_TD.to(self._dtype_for(len(hidden_TD)))).float()
+
+    def next_logits(self, token_id: int) -> Tensor:
+        """Add one token; the next one's logits [V], float32."""
+        step = self.whole_step if self.fused_steps else None
+        if step is None or step.ends is None:
+            return self.logits(self.extend(torch.tensor([token_id], device=self.cos.device)))[0]
+        at, first = self.position, self.blocks[0]
+        x_1D = self.room_1D if step.looks_up else self.embed(torch.tensor([token_id])).to(self.step_dtype).contiguous()
+        self.position = at + 1
+        return step.logits(token_id, x_1D, self.cos[at, 0], self.sin[at, 0], self.cache, at, first.heads, self.scale, first.neurons)
+
+    @cached_property
+    def room_1D(self) -> Tensor:
+        """Where a step keeps a token's state."""
+        return torch.empty(1, self.norm.width, dtype=self.step_dtype)
 
     def _dtype_for(self, length: int) -> torch.dtype:
         return self.step_dtype if length <= SHORT else self.piece_dtype
@@ -328,7 +346,7 @@ class _TransformersLoop:
     """transformers' own forward. Models that keep no cache are run anew on the whole prefix."""
 
     def __init__(self, decoder: Decoder) -> None:
-        self.model = _in_dtype(decoder.model, decoder.step_dtype)
+        self.model, self.device = _in_dtype(decoder.model, decoder.step_dtype), decoder.device
         decoder.piece_dtype = decoder.step_dtype  # one copy of the weights, one type
         self.cache_dtype = decoder.step_dtype
         self.reset()
@@ -353,6 +371,10 @@ class _TransformersLoop:
 
     def logits(self, hidden_TV: Tensor) -> Tensor:
         return hidden_TV.float()
+
+    def next_logits(self, token_id: int) -> Tensor:
+        """Add one token; the next one's logits [V], float32."""
+        return self.logits(self.extend(torch.tensor([token_id], device=self.device)))[0]
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -4,6 +4,7 @@ Every side is really packed by rounding to nearest, in memory only. Dense means 
 transformers means the same weights in the loop that everybody has.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from bitpress.engine import rivals
 from bitpress.engine.compress import compress
 from bitpress.engine.decode import Decoder
+from bitpress.engine.gguf_file import write_gguf
 from bitpress.engine.measure.latency import Plan, measure_latency
 from bitpress.engine.measure.memory import weights_of
 from bitpress.engine.measure.report import latency_figures
@@ -100,15 +102,19 @@ def prefill_table(model_id: str | None = None, quick: bool = False, widths: Sequ
 
 
 def with_rival(report: dict[str, Any], pythons: Mapping[str, str], gguf: str | None) -> dict[str, Any]:
-    """The report with llama.cpp's row for the same prompt and number of tokens, or the reason why there is none."""
+    """The report with llama.cpp's row for the same prompt and number of tokens, or the reason why there is none.
+
+    gguf: a file of the same weights; None writes one of 4-bit weights and an 8-bit embedding, for as long as it is timed.
+    """
     conditions = {key: report["rows"][0]["conditions"][key] for key in ("batch", "prompt", "new", "threads")}
-    if gguf is None:
-        asked: dict[str, Any] = {"rival": "llama.cpp", "skipped": "no GGUF file of these weights was named (--rival-file FILE)"}
-    else:
-        asked = rivals.ask("llama.cpp", pythons, gguf, str(conditions["prompt"]), str(conditions["new"]))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(gguf) if gguf else Path(folder) / "q4_0, embedding q8_0"
+        if gguf is None and "llama.cpp" in pythons:
+            write_gguf(load.load(report["rows"][0]["model"]), path)
+        asked = rivals.ask("llama.cpp", pythons, str(path), str(conditions["prompt"]), str(conditions["new"]))
     if "skipped" in asked:
         return {**report, "skipped": {asked["rival"]: asked["skipped"]}}
-    own = {"loop": "llama.cpp, after the others", "rounds": asked.pop("rounds"), "file": Path(gguf or "").name}
+    own = {"loop": "llama.cpp, after the others", "rounds": asked.pop("rounds"), "file": path.name}
     return {**report, "rows": [*report["rows"], {"side": asked.pop("rival"), "conditions": {**conditions, **own}, **asked}]}
 
 

@@ -139,6 +139,10 @@ class CacheLoop(_OwnLoop):
             for side in pair:
                 side.rows.reset()
 
+    def next_logits(self, token_id: int) -> Tensor:
+        """Add one token; the next one's logits [V], float32. There is no single call for rows of such a cache."""
+        return self.logits(self.extend(torch.tensor([token_id], device=self.cos.device)))[0]
+
     def extend(self, ids_T: Tensor) -> Tensor:
         """Last hidden states [T, D] of tokens put behind the others."""
         dtype = self._dtype_for(len(ids_T))

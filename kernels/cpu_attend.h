@@ -16,10 +16,10 @@ inline void turn(const uint16_t *x, const float *cos, const float *sin, int chan
     }
 }
 
-// e^x for x <= 0, within 1e-6 of it; a polynomial that lanes can work on together, where std::exp goes one number after the other.
-inline float exp_below(float x) {
-    x = std::max(x, -87.0f);
-    const float whole = std::floor(x * 1.44269504f + 0.5f), rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+// e^x within 1e-6 of it, without a branch; a polynomial that lanes can work on together, where std::exp goes one number after the other.
+inline float exponential(float x) {
+    const float above = x < -87.0f ? -87.0f : x, within = above > 88.0f ? 88.0f : above;
+    const float whole = std::floor(within * 1.44269504f + 0.5f), rest = (within - whole * 0.693359375f) + whole * 2.12194440e-4f;
     float sum = 1.9875691500e-4f;
     for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) sum = sum * rest + next;
     return (sum * rest * rest + rest + 1.0f) * __builtin_bit_cast(float, (int32_t(whole) + 127) << 23);
@@ -31,7 +31,7 @@ inline void softmax(float *scores, int count) {
 #pragma omp simd reduction(max : top)
     for (int p = 0; p < count; p++) top = std::max(top, scores[p]);
 #pragma omp simd reduction(+ : total)
-    for (int p = 0; p < count; p++) total += scores[p] = exp_below(scores[p] - top);
+    for (int p = 0; p < count; p++) total += scores[p] = exponential(scores[p] - top);
     const float inverse = 1.0f / total;
     for (int p = 0; p < count; p++) scores[p] *= inverse;
 }

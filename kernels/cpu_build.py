@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}.cpp") for name in ("lowbit", "table", "binary", "sparse", "panel", "step", "token", "stream", "cache"))
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu_bf16.h", "cpu_rows.h", "cpu_lanes.h", "cpu_attend.h"))
+HEADERS = tuple(Path(__file__).with_name(f"cpu_{name}.h") for name in ("bf16", "rows", "lanes", "lowbit", "meeting", "attend", "step", "cache"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-fPIC")
 BUILD_SECONDS = 180
 PANEL_ROWS = 24  # from here on making a weight bfloat16 once costs less than multiplying its code for every row
@@ -126,7 +126,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.bitpress_attend_one.argtypes = [*[address] * 5, *[number] * 5, real, number]
     lib.bitpress_attend_cache.argtypes, lib.bitpress_attend_cache.restype = [*[address] * 7, *[number] * 3, real, number], None
     lib.bitpress_gated_silu.argtypes = [address, address, number]
-    lib.bitpress_token.argtypes = [address, number, *[address] * 5, *[number] * 5, real, number, number, number]
+    lib.bitpress_token.argtypes = [address, number, address, number, *[address] * 6, *[number] * 5, real, number, number, number]
     lib.bitpress_token.restype = None
     for silent in (lib.bitpress_table, lib.bitpress_bitmap, lib.bitpress_two_four, lib.bitpress_rms_norm, lib.bitpress_attend_one, lib.bitpress_gated_silu):
         silent.restype = None

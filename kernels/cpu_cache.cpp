@@ -6,21 +6,11 @@
 //
 // Panel. 32 tokens of a latent, two of its numbers in every word: (pairs, 32), what one bfloat16 dot product per 16 tokens takes.
 
-#include "cpu_attend.h"
+#include "cpu_cache.h"
+
+#include <omp.h>
+
 #include "cpu_rows.h"
-
-extern "C" {
-
-// One side of a block's cache. Old tokens are codes: by channel (groups, width, bytes), a group being `group` tokens of a channel, or by
-// token (tokens, groups, bytes); the others are rows. up: the factor behind a latent (outputs, an even width, zeros at its end).
-struct CacheSide {
-    uint16_t *recent;
-    uint8_t *codes;
-    uint16_t *lows, *scales;
-    const uint16_t *up;
-    int32_t width, count, filled, bits, group, by_channel, window, each;
-};
-}
 
 namespace {
 
@@ -268,11 +258,11 @@ struct Attention {
         }
     }
 
-    // What was mixed, through the factor where there is one.
-    void finish(const float *mixed, uint16_t *out) const {
+    // What was mixed for heads from .. to - 1, through the factor where there is one.
+    void finish(const float *mixed, int from, int to, uint16_t *out) const {
         const int width = mixed_width(), stride = padded(values.width), shared = heads / kv_heads;
         const size_t up_width = 2 * size_t((values.width + 1) / 2);
-        for (int head = 0; head < heads; head++) {
+        for (int head = from; head < to; head++) {
             const float *own = mixed + size_t(head) * stride;
             const int kv = head / shared, base = values.each ? kv * width : 0;
             for (int c = 0; c < channels; c++) {
@@ -290,48 +280,62 @@ struct Attention {
 
 }  // namespace
 
-extern "C" {
-
-// qkv: a token's queries (heads, channels), its row of keys and its row of values, latent where that side has a factor; both are appended.
-// cos, sin: of its position. turns: for every 32 positions cosines, then sines, (channels / 2, 32). out: (heads, channels).
-void bitpress_attend_cache(const uint16_t *qkv, const float *cos, const float *sin, const float *turns, CacheSide *keys, CacheSide *values, uint16_t *out,
-                           int heads, int kv_heads, int channels, float scale, int threads) {
-    thread_local std::vector<float> room;
-    thread_local std::vector<uint16_t> turned;
-    const uint16_t *key = qkv + size_t(heads) * channels, *value = key + keys->width;
-    const int seen = old_tokens(*keys) + keys->count + 1, stride = padded(values->width);
-    room.assign(size_t(heads) * (channels + seen + stride) + channels, 0.0f);
-    float *queries = room.data(), *scores = queries + heads * channels, *mixed = scores + size_t(heads) * seen, *one = mixed + heads * stride;
-    if (!keys->up) {
-        turned.resize(keys->width);
-        for (int kv = 0; kv < kv_heads; kv++) {
-            turn(key + kv * channels, cos, sin, channels, one);
+void attend_cache(const CacheToken &t, CacheRoom &room, const Share &share) {
+    thread_local std::vector<float> queries, tile;
+    thread_local std::vector<uint32_t> panel;
+    const int heads = t.heads, channels = t.channels, stride = padded(t.values->width);
+    if (share.part == 0) {
+        const uint16_t *key = t.qkv + size_t(heads) * channels, *value = key + t.keys->width;
+        std::vector<uint16_t> turned(t.keys->up ? 0 : t.keys->width);
+        std::vector<float> one(channels);
+        for (int kv = 0; kv < t.kv_heads && !t.keys->up; kv++) {
+            turn(key + kv * channels, t.cos, t.sin, channels, one.data());
             for (int c = 0; c < channels; c++) turned[kv * channels + c] = to_bf16(one[c]);
         }
-        key = turned.data();
+        append(*t.keys, t.keys->up ? key : turned.data());
+        append(*t.values, value);
+        room.seen = old_tokens(*t.keys) + t.keys->count;
+        room.scores.resize(size_t(heads) * room.seen);
+        room.mixed.assign(size_t(share.parts) * heads * stride, 0.0f);
     }
-    append(*keys, key);
-    append(*values, value);
-    for (int head = 0; head < heads; head++) turn(qkv + head * channels, cos, sin, channels, queries + head * channels);
-    for (int i = 0; i < heads * channels; i++) queries[i] *= scale;
-    const Attention attention{*keys, *values, queries, turns, scores, seen, heads, kv_heads, channels};
-    const Unpacker key_codes(keys->bits ? keys->bits : 8), value_codes(values->bits ? values->bits : 8);
+    queries.resize(size_t(heads) * channels);
+    for (int head = 0; head < heads; head++) turn(t.qkv + head * channels, t.cos, t.sin, channels, &queries[head * channels]);
+    for (float &each : queries) each *= t.scale;
+    tile.assign(size_t(std::max({SPAN * channels, padded(t.keys->width), ROWS * stride + TILE})), 0.0f);
+    panel.resize(t.keys->up ? size_t((t.keys->width + 1) / 2) * SPAN : 0);
+    share.meeting.wait();
+    const int seen = room.seen, spans = (seen + SPAN - 1) / SPAN, rows = (seen + ROWS - 1) / ROWS;
+    const Attention attention{*t.keys, *t.values, queries.data(), t.turns, room.scores.data(), seen, heads, t.kv_heads, channels};
+    const Unpacker key_codes(t.keys->bits ? t.keys->bits : 8), value_codes(t.values->bits ? t.values->bits : 8);
+    for (int span = share.from(spans); span < share.to(spans); span++) attention.score(span * SPAN, key_codes, tile.data(), panel.data());
+    share.meeting.wait();
+    for (int head = share.from(heads); head < share.to(heads); head++) softmax(room.scores.data() + size_t(head) * seen, seen);
+    share.meeting.wait();
+    std::fill(tile.begin(), tile.end(), 0.0f);
+    float *own = room.mixed.data() + size_t(share.part) * heads * stride;
+    for (int row = share.from(rows); row < share.to(rows); row++) attention.mix(row * ROWS, value_codes, tile.data(), own);
+    share.meeting.wait();
+    for (int part = 1; part < share.parts; part++)
+        for (int i = share.from(heads) * stride; i < share.to(heads) * stride; i++) room.mixed[i] += room.mixed[size_t(part) * heads * stride + i];
+    attention.finish(room.mixed.data(), share.from(heads), share.to(heads), t.out);
+}
+
+extern "C" {
+
+// As CacheToken.
+void bitpress_attend_cache(const uint16_t *qkv, const float *cos, const float *sin, const float *turns, CacheSide *keys, CacheSide *values, uint16_t *out,
+                           int heads, int kv_heads, int channels, float scale, int threads) {
+    const CacheToken token{qkv, cos, sin, turns, keys, values, out, heads, kv_heads, channels, scale};
+    thread_local CacheRoom kept;
+    CacheRoom &room = kept;
+    Meeting meeting;
+    const int seen = old_tokens(*keys) + keys->count + 1;
     if (size_t(seen) * heads * channels < 400000) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        const int pairs = (keys->width + 1) / 2;
-        std::vector<float> tile(size_t(std::max({SPAN * channels, padded(keys->width), ROWS * stride + TILE}))), own(size_t(heads) * stride, 0.0f);
-        std::vector<uint32_t> panel(keys->up ? size_t(pairs) * SPAN : 0);
-#pragma omp for schedule(static)
-        for (int first = 0; first < seen; first += SPAN) attention.score(first, key_codes, tile.data(), panel.data());
-#pragma omp for schedule(static)
-        for (int head = 0; head < heads; head++) softmax(scores + size_t(head) * seen, seen);
-        std::fill(tile.begin(), tile.end(), 0.0f);
-#pragma omp for schedule(static) nowait
-        for (int first = 0; first < seen; first += ROWS) attention.mix(first, value_codes, tile.data(), own.data());
-#pragma omp critical
-        for (int i = 0; i < heads * stride; i++) mixed[i] += own[i];
+#pragma omp single
+        meeting.expect(omp_get_num_threads());
+        attend_cache(token, room, Share{omp_get_thread_num(), omp_get_num_threads(), meeting});
     }
-    attention.finish(mixed, out);
 }
 }

@@ -22,26 +22,13 @@
 #include <type_traits>
 
 #include "cpu_lanes.h"
+#include "cpu_lowbit.h"
+
+using namespace lowbit;
 
 namespace {
 
-constexpr int CHUNK = 32, QUADS = 8, AHEAD = 4096;  // bytes; wider codes come in time without being asked for
-
-// One row of activations as integers in two signed bytes, one scale a group. sums: of the integers of a group.
-struct Row {
-    int8_t *hi, *lo;
-    float *scale, *sum;
-};
-
-struct Shape {
-    int rows, inputs, outputs, bits, group;  // group in inputs, a multiple of CHUNK or the padded row
-    int activation_bits;                     // 8, 4, or 0 for the 15 bits that stand for x itself
-    int padded() const { return rounded_up(inputs, CHUNK); }
-    int groups() const { return (inputs + group - 1) / group; }
-    int tiles() const { return (outputs + TILE - 1) / TILE; }
-    size_t tile_bytes() const { return size_t(padded()) * TILE * bits / 8; }
-    size_t code_at(int tile, int k) const { return tile / 2 * 2 * tile_bytes() + (2 * size_t(k) + tile % 2 * CHUNK) * TILE * bits / 8; }
-};
+constexpr int QUADS = 8, AHEAD = 4096;  // bytes; wider codes come in time without being asked for
 
 void split(const int32_t *__restrict q, int count, const Row &row, int at, int g, bool halves) {
     int8_t *__restrict const hi = row.hi + at, *__restrict const lo = row.lo + at;
@@ -62,16 +49,6 @@ void quantise_row(const float *x, const Shape &s, const Row &row, std::vector<in
         split(&q[at], padded, row, at, g, s.activation_bits == 0);
     }
 }
-
-struct Job {
-    const uint8_t *codes;
-    const uint16_t *scales;
-    const void *zeros;  // bytes, bfloat16, or none
-    bool float_zeros;
-    const float *bias;
-    void *y;
-    bool is_bf16;
-};
 
 template <int BITS> inline Reals zeros_of(const Job &job, size_t at) {
     if (!job.zeros) return every(float(1 << (BITS - 1)));
@@ -178,18 +155,18 @@ template <int BITS, int NT, bool HALVES> void all_rows(const Job &job, const Sha
     if (m < s.rows) block<BITS, NT, 1, 2, HALVES>(job, s, tile, m, rows);
 }
 
-template <int BITS> void all_tiles(const Job &job, const Shape &s, const Row *rows, int threads) {
-    const int tiles = s.tiles(), step = HAS_VNNI ? 2 : 1, pairs = (tiles + step - 1) / step;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int pair = 0; pair < pairs; pair++) {
-        const int tile = pair * step;
-        const bool two = HAS_VNNI && tile + 1 < tiles, halves = s.activation_bits == 0;
+template <int BITS> void all_tiles(const Job &job, const Shape &s, const Row *rows, int first, int last) {
+    const bool halves = s.activation_bits == 0;
+    for (int tile = first; tile < last; tile++) {
 #if HAS_VNNI
-        if (two && halves) all_rows<BITS, 2, true>(job, s, tile, rows);
-        if (two && !halves) all_rows<BITS, 2, false>(job, s, tile, rows);
+        if (tile + 1 < last) {
+            if (halves) all_rows<BITS, 2, true>(job, s, tile++, rows);
+            else all_rows<BITS, 2, false>(job, s, tile++, rows);
+            continue;
+        }
 #endif
-        if (!two && halves) all_rows<BITS, 1, true>(job, s, tile, rows);
-        if (!two && !halves) all_rows<BITS, 1, false>(job, s, tile, rows);
+        if (halves) all_rows<BITS, 1, true>(job, s, tile, rows);
+        else all_rows<BITS, 1, false>(job, s, tile, rows);
     }
 }
 
@@ -237,6 +214,23 @@ template <int BITS> void two_four_tiles(const Job &job, const Shape &s, const ui
 
 }  // namespace
 
+const Row *lowbit::quantised(const Shape &s, const void *x, bool is_bf16, int threads) {
+    thread_local Scratch scratch;
+    return scratch.prepare(s, x, is_bf16, threads);
+}
+
+bool lowbit::multiply(const Job &job, const Shape &s, const Row *rows, int first, int end) {
+    switch (s.bits) {
+        case 2: all_tiles<2>(job, s, rows, first, end); return true;
+        case 3: all_tiles<3>(job, s, rows, first, end); return true;
+        case 4: all_tiles<4>(job, s, rows, first, end); return true;
+        case 5: all_tiles<5>(job, s, rows, first, end); return true;
+        case 6: all_tiles<6>(job, s, rows, first, end); return true;
+        case 8: all_tiles<8>(job, s, rows, first, end); return true;
+    }
+    return false;
+}
+
 extern "C" {
 
 // 1 when the AVX-512 path was compiled in, 0 for AVX2 or none.
@@ -249,18 +243,13 @@ int bitpress_linear(const void *x, void *y, int is_bf16, int rows, int inputs, i
                     const uint8_t *codes, const uint16_t *scales, const void *zeros, int float_zeros, const float *bias, int threads) {
     const Shape s{rows, inputs, outputs, bits, group, activation_bits};
     if (size_t(rows) * s.padded() * outputs < WORTH_THREADS) threads = 1;
-    thread_local Scratch scratch;
-    const Row *row = scratch.prepare(s, x, is_bf16, threads);
+    const Row *row = quantised(s, x, is_bf16, threads);
     const Job job{codes, scales, zeros, bool(float_zeros), bias, y, bool(is_bf16)};
-    switch (bits) {
-        case 2: all_tiles<2>(job, s, row, threads); return 0;
-        case 3: all_tiles<3>(job, s, row, threads); return 0;
-        case 4: all_tiles<4>(job, s, row, threads); return 0;
-        case 5: all_tiles<5>(job, s, row, threads); return 0;
-        case 6: all_tiles<6>(job, s, row, threads); return 0;
-        case 8: all_tiles<8>(job, s, row, threads); return 0;
-    }
-    return 1;
+    bool known = true;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int part = 0; part < threads; part++)
+        if (!multiply(job, s, row, share_of(s.tiles(), part, threads), share_of(s.tiles(), part + 1, threads))) known = false;
+    return known ? 0 : 1;
 }
 
 // The same for two of four: inputs is the matrix's, a multiple of 4; group is of stored weights, a multiple of 32 or their padded row.

@@ -5,7 +5,7 @@ scale a weight group, or to 8 or 4 bits where the scheme says so; weights, scale
 from the float64 reference by less than a bfloat16 matmul does; a row with NaN or infinity comes out NaN.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -45,9 +45,18 @@ class Tiles:
         return self.codes.data_ptr(), self.scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), zeros is not None and zeros.dtype == torch.bfloat16
 
     @property
+    def parts(self) -> list[Tensor]:
+        """Codes, scales and, where they are stored, zeros."""
+        return [part for part in (self.codes, self.scales, self.zeros) if part is not None]
+
+    def moved(self, parts: list[Tensor]) -> "Tiles":
+        """The same matrix with `parts` elsewhere in memory."""
+        return replace(self, codes=parts[0], scales=parts[1], zeros=parts[2] if len(parts) > 2 else None)
+
+    @property
     def nbytes(self) -> int:
         """Resident bytes."""
-        return sum(part.nbytes for part in (self.codes, self.scales, self.zeros) if part is not None)
+        return sum(part.nbytes for part in self.parts)
 
 
 def refusal(bits: int, group_size: int, in_features: int) -> str:

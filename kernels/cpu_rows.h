@@ -25,6 +25,9 @@
 constexpr int TILE = 16;                  // output rows worked on together, one a lane
 constexpr size_t WORTH_THREADS = 250000;  // multiplications below which waking other threads costs more than it saves
 
+// Where the part-th of `parts` shares of tiles begins: even, since tiles lie in pairs.
+inline int share_of(int tiles, int part, int parts) { return std::min(tiles, int(int64_t((tiles + 1) / 2) * part / parts) * 2); }
+
 inline int rounded_up(int count, int step) { return (count + step - 1) / step * step; }
 
 // x (rows, inputs), bfloat16 or float32, as float32 rows of `padded`, zeros behind the inputs.

@@ -144,6 +144,10 @@ class PackedLinear(_Packed):
             self._forms[builder] = builder(self.packed)
         return self._forms[builder]
 
+    def settle(self, kernel: str, form: Form) -> None:
+        """Keep this form, the same values elsewhere in memory."""
+        self._forms[FORMS[kernel]] = form
+
     @property
     def resident_bytes(self) -> int:
         """Bytes that the layer holds in memory now: canonical ones and, once a small batch was multiplied, the kernel's layout."""

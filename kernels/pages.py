@@ -5,10 +5,13 @@ which costs about a tenth of the time of a product. Where nothing can be done th
 """
 
 import mmap
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+LINE = 64
 PAGE = 2 << 20
 LEAST = 2 * PAGE  # a smaller tensor may not hold one whole page
 ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
@@ -26,3 +29,16 @@ def on_large_pages(values: Tensor) -> Tensor:
     bytes_ = torch.frombuffer(room, dtype=torch.uint8)
     start = -bytes_.data_ptr() % PAGE
     return bytes_[start : start + values.nbytes].view(values.dtype).view(values.shape).copy_(values)
+
+
+def together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors as parts of one stretch of large pages; those large enough for pages of their own stay as they are."""
+    small = [tensor for tensor in tensors if tensor.nbytes < LEAST]
+    starts = [0, *accumulate(tensor.nbytes + -tensor.nbytes % LINE for tensor in small)]
+    room = on_large_pages(torch.zeros(starts[-1], dtype=torch.uint8))
+    places = iter(starts)
+    return [_part(room, next(places), tensor) if tensor.nbytes < LEAST else tensor for tensor in tensors]
+
+
+def _part(room: Tensor, start: int, tensor: Tensor) -> Tensor:
+    return room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)

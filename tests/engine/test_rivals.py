@@ -30,8 +30,8 @@ def test_an_answer_is_a_row_under_conditions_of_its_own_where_they_are_not_the_s
     assert row["side"] == "llama.cpp" and row["decode_tokens_per_s"] == 4 and row["conditions"] == {**SAME, **own}, "it said no type and no noise"
 
 
-def test_no_python_no_file_and_no_answer_are_reasons(script) -> None:
-    assert "no GGUF file" in with_rival(REPORT, {}, None)["skipped"]["llama.cpp"]
+def test_no_python_and_no_answer_are_reasons(script) -> None:
+    assert "--rival-python llama.cpp" in with_rival(REPORT, {}, None)["skipped"]["llama.cpp"]
     assert "--rival-python llama.cpp" in with_rival(REPORT, {}, "m.gguf")["skipped"]["llama.cpp"]
     assert "is broken" in with_rival(REPORT, script("raise SystemExit('it is broken')"), "m.gguf")["skipped"]["llama.cpp"]
     assert "did not answer" in rivals.ask("llama.cpp", script("print('no json')"))["skipped"]

@@ -32,7 +32,7 @@ def turned(x_HC: Tensor, cos_C: Tensor, sin_C: Tensor) -> Tensor:
     return x_HC * cos_C + x_HC.roll(x_HC.shape[-1] // 2, -1) * sin_C
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "channels"), [(9, 3, 64), (3, 3, 64), (4, 1, 16)])
+@pytest.mark.parametrize(("heads", "kv_heads", "channels"), [(9, 3, 64), (3, 3, 64), (4, 1, 16), (6, 1, 20), (8, 2, 80)])
 @pytest.mark.parametrize("position", [0, 5, 2000])
 def test_attention_of_one_token(heads: int, kv_heads: int, channels: int, position: int) -> None:
     torch.manual_seed(position)

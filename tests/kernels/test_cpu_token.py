@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from bitpress.kernels import cpu_build, cpu_step
-from bitpress.kernels.cpu_token import BlockParts, TokenStep
+from bitpress.kernels.cpu_token import BlockParts, EndParts, TokenStep
 from bitpress.kernels.layout import TableLayout, UniformLayout
-from bitpress.kernels.packed import PackedLinear
+from bitpress.kernels.packed import PackedEmbedding, PackedLinear
 from bitpress.kernels.rows import DenseRows, join
 
 pytestmark = pytest.mark.skipif(cpu_build.library() is None, reason=f"no compiled library: {cpu_build.why_not()}")
@@ -66,6 +66,30 @@ def test_the_same_bits_as_call_by_call(packed, layouts: list[UniformLayout | Non
             assert (found - wanted).float().norm() < 0.02 * wanted.float().norm()
         else:
             assert torch.equal(found, wanted) and torch.equal(cache, other)
+
+
+@pytest.mark.parametrize("kind", ["8 bits, tied", "8 bits, symmetric, tied", "4 bits, tied", "dense", "dense embedding, 4-bit head"])
+def test_from_a_token_to_its_logits(packed, kind: str) -> None:
+    words, norm = 70, ((torch.rand(WIDTH) + 0.5).bfloat16(), 1e-5)
+    plain = nn.Embedding(words, WIDTH, dtype=torch.bfloat16)
+    layout = UniformLayout(4 if "4 bits" in kind else 8, 16 if "4 bits" in kind else 32, symmetric="symmetric" in kind)
+    embedding: nn.Module = PackedEmbedding(packed((words, WIDTH), layout)) if "tied" in kind else plain
+    head: nn.Module = embedding.head() if isinstance(embedding, PackedEmbedding) else nn.Linear(WIDTH, words, bias=False, dtype=torch.bfloat16)
+    if "4-bit head" in kind:
+        head = PackedLinear(packed((words, WIDTH), FOUR))
+    rows, blocks = join([head], torch.bfloat16), [block(packed, [FOUR] * 7, 0)]
+    step = TokenStep.of(blocks, EndParts(embedding, norm, rows))
+    assert step is not None
+    if "4 bits" in kind:  # groups of 16 have no tiles
+        assert step.ends is None and not step.looks_up
+        return
+    assert step.looks_up
+    cache, cos, sin = torch.randn(1, 1, 2 * KV_HEADS, CAPACITY, CHANNELS).bfloat16(), torch.randn(CHANNELS), torch.randn(CHANNELS)
+    state = call_by_call(blocks, embedding(torch.tensor([5])), cos, sin, cache.clone(), 3)
+    wanted = rows(cpu_step.rms_norm(state, *norm)).float()[0]
+    found = step.logits(5, torch.empty(1, WIDTH).bfloat16(), cos, sin, cache, 3, HEADS, CHANNELS**-0.5, FFN)
+    assert found.dtype == torch.float32 and found.shape == (words,)
+    assert torch.equal(found, wanted) if kind != "dense" else (found - wanted).norm() < 0.02 * wanted.norm()
 
 
 def test_dense_blocks_are_torchs_products(packed) -> None:
