@@ -14,24 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitpress.engine import knapsack
-from bitpress.engine.accounting import size_of
-from bitpress.engine.choices import DENSE, HEAD_BITS, Choices, Floats, end_scheme
-from bitpress.engine.errors import InputError
+from bitpress.engine import block_drops, knapsack
+from bitpress.engine.accounting import flops_per_token, size_of
+from bitpress.engine.budgets import QUALITY, Table
+from bitpress.engine.cache_choice import bytes_per_token, widest
+from bitpress.engine.choices import DENSE, GONE, HEAD_BITS, Choices, end_scheme
 from bitpress.engine.latency_table import LatencyTable
-from bitpress.engine.recipe import Recipe, Scheme, SchemeLine, Stage
+from bitpress.engine.recipe import Recipe, Scheme, SchemeLine, Stage, Structure
 from bitpress.engine.targets import role_pattern
 
-# kind of budget -> (what it limits, unit)
-BUDGETS = {
-    "linear_bits": ("bits per weight of the block linears", "bits"),
-    "model_bits": ("bits per weight of the whole model", "bits"),
-    "bytes": ("stored bytes of the model", "bytes"),
-    "perplexity_ratio": ("predicted perplexity over dense", "times"),
-    "kl": ("predicted KL divergence", "nats a token"),
-    "latency_s": ("predicted time of a token", "s"),
-}
-QUALITY = ("perplexity_ratio", "kl")
 DEFAULT_STAGES = {"sparsity": "magnitude", "weights": "rtn"}
 
 
@@ -51,35 +42,47 @@ class Allocation:
         return {"recipe": self.recipe.to_dict(), "predicted": self.predicted, "seconds": round(self.seconds, 4)}
 
 
-def allocate(choices: Choices, budgets: Mapping[str, float], base: Recipe | None = None, latency: LatencyTable | None = None) -> Allocation:
+def allocate(choices: Choices, budgets: Mapping[str, float], base: Recipe | None = None, latency: LatencyTable | None = None,
+             drops: bool = False) -> Allocation:  # fmt: skip
     """The recipe of least predicted harm within one or two budgets; with a budget of quality, the smallest recipe within it.
 
-    base: where stages, calibration and what is measured come from. Raises InputError for a budget that cannot be met, naming
-    the nearest that can, or for one that dense meets already.
+    base: where stages, calibration and what is measured come from. drops: whole blocks may go as well; a budget of operations
+    means so, for nothing else saves any. Raises InputError for a budget that cannot be met, naming the nearest that can, or for
+    one that dense meets already.
     """
     began = time.perf_counter()
-    table = _Table(choices, latency)
+    table = Table(choices, latency)
     for kind, limit in budgets.items():
         table.check(kind, limit)
+    cache, cache_harm = widest(budgets["kv_bytes"], choices.anatomy, choices.scores) if "kv_bytes" in budgets else (None, 0.0)
+    base = base if cache is None else (base or Recipe(model=choices.anatomy.model)).model_copy(update={"kv_cache": cache})
+    budgets = {kind: limit for kind, limit in budgets.items() if kind != "kv_bytes"}
     limits = [kind for kind in budgets if kind not in QUALITY]
     quality = [kind for kind in budgets if kind in QUALITY]
     aim_IJ = choices.bytes_IJ if quality else choices.harm_IJ
     aim_IJ = np.where(np.isfinite(choices.harm_IJ), aim_IJ, np.inf)
     costs = np.stack([*(table.cost(kind) for kind in limits), *(table.harm() for _ in quality)]) if budgets else np.zeros((1, *aim_IJ.shape))
-    rooms = np.array([table.room(kind, budgets[kind]) for kind in (*limits, *quality)]) if budgets else np.zeros(1)
+    rooms = np.array([table.room(kind, budgets[kind]) - cache_harm * (kind in QUALITY) for kind in (*limits, *quality)]) if budgets else np.zeros(1)
+    drops = drops or "flops" in budgets
+    extra = table.kept_blocks(limits, quality) * drops
+    leaving = table.drops(limits, quality, budgets) if drops else None
     try:
-        found = knapsack.solve(aim_IJ, costs, rooms)
+        if leaving is not None:
+            found, gone = block_drops.solve(aim_IJ, costs, rooms + extra, leaving)
+            found.choice[np.concatenate([table.block_items(block) for block in gone] or [np.zeros(0, dtype=np.int64)])] = choices.options.index(GONE)
+        else:
+            found = knapsack.solve(aim_IJ, costs, rooms)
     except knapsack.Infeasible as error:
-        raise table.infeasible((*limits, *quality), budgets, costs, rooms, error) from None
+        raise table.infeasible((*limits, *quality), budgets, costs, rooms, error.lowest - extra, leaving) from None
     price = {kind: float(value) for kind, value in zip((*limits, *quality), found.price, strict=False)}
-    return _allocation(choices, found.choice, base, latency, began, price)
+    return _allocation(choices, found.choice, base, latency, began, price, cache_harm)
 
 
 def _allocation(choices: Choices, choice: NDArray[np.int64], base: Recipe | None, latency: LatencyTable | None, began: float,
-                price: dict[str, float] | None = None) -> Allocation:  # fmt: skip
+                price: dict[str, float] | None = None, cache_harm: float = 0.0) -> Allocation:  # fmt: skip
     options = {layer: choices.options[option].id for layers, option in zip(choices.items, choice, strict=True) for layer in layers}
     recipe = recipe_of(choices, choice, base)
-    return Allocation(recipe, options, predict(choices, choice, recipe, latency), time.perf_counter() - began, choice, price or {})
+    return Allocation(recipe, options, predict(choices, choice, recipe, latency, cache_harm), time.perf_counter() - began, choice, price or {})
 
 
 def recipe_of(choices: Choices, choice: NDArray[np.int64], base: Recipe | None = None) -> Recipe:
@@ -87,7 +90,10 @@ def recipe_of(choices: Choices, choice: NDArray[np.int64], base: Recipe | None =
     anatomy = choices.anatomy
     by_option: dict[int, list[str]] = {}
     ends: dict[str, Any] = _ends(choices)
+    gone = dropped(choices, choice)
     for layers, option in zip(choices.items, choice, strict=True):
+        if choices.options[option] is GONE:
+            continue
         if layers == (anatomy.embedding.name,):
             weights = choices.options[option].scheme.weights
             ends["embedding"] = end_scheme(weights.bits) if weights else None
@@ -99,7 +105,15 @@ def recipe_of(choices: Choices, choice: NDArray[np.int64], base: Recipe | None =
     lines = [_line("*", schemes[0], None)] if not schemes[0].is_dense else []
     lines += [_line(role_pattern(by_option[option], anatomy), scheme, schemes[0]) for option, scheme in zip(order[1:], schemes[1:], strict=True)]
     values: dict[str, Any] = {"schemes": lines, "stages": _stages(schemes, base), **ends}
+    if gone:
+        values["structure"] = Structure(drop_blocks=gone)
     return base.model_copy(update={**values, "model": anatomy.model}) if base else Recipe(model=anatomy.model, **values)
+
+
+def dropped(choices: Choices, choice: NDArray[np.int64]) -> list[int]:
+    """The blocks that a choice leaves out."""
+    names = [layers[0] for layers, option in zip(choices.items, choice, strict=True) if choices.options[option] is GONE]
+    return sorted({block for name in names if (block := choices.anatomy.by_name[name].block) is not None})
 
 
 def _ends(choices: Choices) -> dict[str, Any]:
@@ -122,106 +136,18 @@ def _stages(schemes: Sequence[Scheme], base: Recipe | None) -> list[Stage]:
     return [Stage(method=method) for part, method in DEFAULT_STAGES.items() if any(getattr(scheme, part) for scheme in schemes)]
 
 
-def predict(choices: Choices, choice: NDArray[np.int64], recipe: Recipe, latency: LatencyTable | None = None) -> dict[str, float]:
+def predict(choices: Choices, choice: NDArray[np.int64], recipe: Recipe, latency: LatencyTable | None = None, cache_harm: float = 0.0) -> dict[str, float]:
     """Sizes, exact to the byte, and the harm that the scores add up to: as `kl` and `perplexity_ratio` where they are nats, else as `score`."""
     size = size_of(recipe, choices.anatomy)
-    harm = float(choices.harm_IJ[np.arange(len(choice)), choice].sum())
+    harm_I = choices.harm_IJ[np.arange(len(choice)), choice]
+    gone = dropped(choices, choice)
+    harm = float(harm_I[np.isfinite(harm_I)].sum()) + sum(choices.drop_harm[block] for block in gone) + cache_harm
     quality = {"kl": harm, "perplexity_ratio": math.exp(min(harm, 700.0))} if choices.in_nats else {"score": harm}
     sizes = {"bytes": size.bytes, "bits_per_weight_linears": size.bits_per_weight_linears, "bits_per_weight_model": size.bits_per_weight_model}
     speed = {"latency_s": latency.token_seconds(choices, choice)} if latency else {}
-    return {**quality, **sizes, **speed}
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Costs of each kind of budget, what is left for the items, and how a refusal is worded."""
-
-    choices: Choices
-    latency: LatencyTable | None
-
-    def cost(self, kind: str) -> Floats:
-        if kind == "latency_s":
-            return self._speeds().seconds(self.choices)
-        return self.choices.linear_bytes_IJ if kind == "linear_bits" else self.choices.bytes_IJ
-
-    def _speeds(self) -> LatencyTable:
-        if self.latency is None:
-            raise InputError("A budget of time needs the kernels' speeds on this machine.", "None are kept.", "Run `bitpress bench kernels` once.")
-        return self.latency
-
-    def harm(self) -> Floats:
-        """As a cost: what may not be chosen is left out by its infinite aim."""
-        return np.where(np.isfinite(self.choices.harm_IJ), self.choices.harm_IJ, 0.0)
-
-    def room(self, kind: str, limit: float) -> float:
-        """What the items may cost together."""
-        anatomy = self.choices.anatomy
-        return {
-            "linear_bits": lambda: limit * anatomy.linear_params / 8,
-            "model_bits": lambda: limit * anatomy.params / 8 - self.choices.rest_bytes,
-            "bytes": lambda: limit - self.choices.rest_bytes,
-            "perplexity_ratio": lambda: math.log(limit) if limit > 0 else -math.inf,
-            "kl": lambda: limit,
-            "latency_s": lambda: limit - self._speeds().head_seconds(self.choices),
-        }[kind]()
-
-    def limit(self, kind: str, cost: float) -> float:
-        """The budget under which items may cost this much: the inverse of `room`."""
-        anatomy = self.choices.anatomy
-        return {
-            "linear_bits": lambda: 8 * cost / anatomy.linear_params,
-            "model_bits": lambda: 8 * (cost + self.choices.rest_bytes) / anatomy.params,
-            "bytes": lambda: cost + self.choices.rest_bytes,
-            "perplexity_ratio": lambda: math.exp(min(cost, 700.0)),
-            "kl": lambda: cost,
-            "latency_s": lambda: cost + self._speeds().head_seconds(self.choices),
-        }[kind]()
-
-    def check(self, kind: str, limit: float) -> None:
-        """Raise InputError for a budget that does not exist, is no number, or is above what dense takes."""
-        if kind not in BUDGETS:
-            raise InputError(f"There is no budget '{kind}'.", "", f"Budgets are {', '.join(BUDGETS)}.")
-        if kind in QUALITY and not self.choices.in_nats:
-            why = f"Scores of kind '{self.choices.kind}' rank layers but foretell no perplexity."
-            raise InputError("A budget of quality needs scores in nats.", why, "Measure the kind 'fisher' or 'kl'.")
-        if not math.isfinite(limit):
-            raise InputError(f"The budget of {BUDGETS[kind][0]} is not a number.", f"It is {limit}.", "Give a number.")
-        dense = self._dense(kind)
-        if kind not in QUALITY and limit > dense * (1 + 1e-9):
-            what = f"A budget of {said(kind, limit)} for the {BUDGETS[kind][0]} is above dense."
-            raise InputError(what, f"Dense takes {said(kind, dense)}.", f"Ask for {said(kind, dense)} or less.")
-
-    def _dense(self, kind: str) -> float:
-        anatomy = self.choices.anatomy
-        if kind == "latency_s":
-            return self._speeds().dense_seconds(anatomy)
-        if kind == "linear_bits":
-            return 8.0 * anatomy.itemsize
-        return float(anatomy.bytes) if kind == "bytes" else 8 * anatomy.bytes / anatomy.params
-
-    def infeasible(self, kinds: Sequence[str], budgets: Mapping[str, float], costs: Floats, rooms: Floats, error: knapsack.Infeasible) -> InputError:
-        """Which budget cannot be met and the nearest that can, alone or beside the other one."""
-        for number, kind in enumerate(kinds):
-            if error.lowest[number] > rooms[number]:
-                least = said(kind, self.limit(kind, error.lowest[number]), up=True)
-                what = f"A budget of {said(kind, budgets[kind])} for the {BUDGETS[kind][0]} cannot be met."
-                return InputError(what, f"With these options and locks the least is {least}.", f"Ask for {least} or more, or release locks.")
-        first, other = kinds[0], kinds[1]
-        there = np.isfinite(self.choices.harm_IJ)
-        least_cost = knapsack.solve(np.where(there, costs[0], np.inf), costs[1:], rooms[1:]).harm
-        least = said(first, self.limit(first, least_cost), up=True)
-        what = f"The budgets of {BUDGETS[first][0]} and {BUDGETS[other][0]} cannot both be met."
-        why = f"Within {said(other, budgets[other])} the least for the first is {least}."
-        return InputError(what, why, f"Ask for {least} there, or loosen the other.")
-
-
-def said(kind: str, value: float, up: bool = False) -> str:
-    """A budget with its unit. `up` rounds so that the number said can be asked for."""
-    if kind == "bytes":
-        return f"{math.ceil(value) if up else round(value):,} bytes"
-    digits = 3 if kind in ("linear_bits", "model_bits") else 4
-    rounded = math.ceil(value * 10**digits) / 10**digits if up else round(value, digits)
-    return f"{rounded:g} {BUDGETS[kind][1]}"
+    more = {"flops": float(flops_per_token(recipe, choices.anatomy))} if gone else {}
+    cache = {"kv_bytes": bytes_per_token(recipe.kv_cache, choices.anatomy)} if recipe.kv_cache else {}
+    return {**quality, **sizes, **speed, **more, **cache}
 
 
 # The frontier and the reasons --------------------------------------------------------------------------------------

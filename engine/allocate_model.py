@@ -21,6 +21,7 @@ def allocate_model(
     embedding_bits: int | None = 8,
     measure: Callable[[], object] | None = None,
     base: Recipe | None = None,
+    drops: bool = False,
 ) -> Allocation:
     """The recipe for a model of the library. `measure` is called where no suitable sensitivity is kept.
 
@@ -35,7 +36,7 @@ def allocate_model(
         what = f"No sensitivity{f' of kind {kind}' if kind else ''} is kept for {model}."
         raise InputError(what, "", f"Run `bitpress sensitivity {model}{f' --kind {kind}' if kind else ''}` once.")
     choices = choices_of(anatomy_of(model), report, kind or report.kind, ties, locks, embedding_bits)
-    return allocate(choices, budgets, base, kept_table())
+    return allocate(choices, budgets, base, kept_table(), drops)
 
 
 def _kept(model: str, kind: str | None) -> sensitivity_file.SensitivityReport | None:

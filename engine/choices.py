@@ -5,7 +5,7 @@ those of one kind of kept sensitivity, in nats of KL divergence a token where th
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -15,10 +15,11 @@ from bitpress.engine.accounting import embedding_layout, layout_of
 from bitpress.engine.errors import InputError
 from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.recipe import EmbeddingScheme, Scheme
-from bitpress.engine.sensitivity_file import NATS, Option, SensitivityReport
+from bitpress.engine.sensitivity_file import DROP, NATS, Option, SensitivityReport
 from bitpress.engine.targets import covered, pattern_problem
 
 DENSE = Option(id="dense", scheme=Scheme())
+GONE = Option(id=DROP, scheme=Scheme())  # of layers in a dropped block; never chosen for a layer alone
 DENSE_BITS = 16
 HEAD_BITS = 8  # of an untied head where the embedding is an item
 TIES = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
@@ -27,7 +28,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Choices:
-    """Items x options. harm_IJ: infinite where an option is not allowed. linear_bytes_IJ: of block linears alone. embedding_bits: None where it is an item."""
+    """Items x options. harm_IJ: infinite where an option is not allowed. linear_bytes_IJ: of block linears alone. embedding_bits: None where it is an item.
+    drop_harm: block -> harm of leaving it out. scores: option -> layer -> harm, of everything that was scored."""
 
     anatomy: Anatomy
     kind: str
@@ -38,6 +40,8 @@ class Choices:
     linear_bytes_IJ: Floats
     rest_bytes: int
     embedding_bits: int | None = 8
+    drop_harm: Mapping[int, float] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def in_nats(self) -> bool:
@@ -69,7 +73,7 @@ def choices_of(
     if kind not in report.kinds:
         raise InputError(f"No sensitivity of kind '{kind}' is measured for {anatomy.model}.", f"There is {', '.join(report.kinds)}.", "Measure it first.")
     table = report.table(kind)
-    options = (*(option for option in report.options if set(table[option.id]) & {part.name for part in anatomy.linears}), DENSE)
+    options = (*(option for option in report.options if set(table[option.id]) & {part.name for part in anatomy.linears}), DENSE, GONE)
     items = _items(anatomy, ties)
     fixed = _fixed(anatomy, items, options, locks or {})
     free_embedding = embedding_bits is None
@@ -84,7 +88,15 @@ def choices_of(
     linear = stored.copy()
     if free_embedding:
         linear[-1] = 0.0
-    return Choices(anatomy, kind, options, items, harm_IJ, stored, linear, _rest_bytes(anatomy, embedding_bits), embedding_bits)
+    rest = _rest_bytes(anatomy, embedding_bits)
+    return Choices(anatomy, kind, options, items, harm_IJ, stored, linear, rest, embedding_bits, _drop_harms(table, anatomy, items, fixed), table)
+
+
+def _drop_harms(table: Mapping[str, Mapping[str, float]], anatomy: Anatomy, items: Sequence[Sequence[str]], fixed: Mapping[int, int]) -> dict[int, float]:
+    """Block -> harm of leaving it out, of those that may go: scored, without a locked layer, and not the first, so that one is left."""
+    held = {anatomy.by_name[items[item][0]].block for item in fixed}
+    scored = {block: table.get(DROP, {}).get(f"{anatomy.block_prefix}.{block}") for block in range(1, anatomy.blocks)}
+    return {block: harm for block, harm in scored.items() if harm is not None and block not in held}
 
 
 def _items(anatomy: Anatomy, ties: Sequence[str]) -> tuple[tuple[str, ...], ...]:
@@ -100,7 +112,7 @@ def _items(anatomy: Anatomy, ties: Sequence[str]) -> tuple[tuple[str, ...], ...]
 
 def _fixed(anatomy: Anatomy, items: Sequence[tuple[str, ...]], options: Sequence[Option], locks: Mapping[str, str]) -> dict[int, int]:
     """Item -> the option that it is locked to."""
-    known = {option.id: number for number, option in enumerate(options)}
+    known = {option.id: number for number, option in enumerate(options) if option is not GONE}
     place = {layer: number for number, layers in enumerate(items) for layer in layers}
     found: dict[int, tuple[str, str]] = {}
     for pattern, wanted in locks.items():
@@ -123,14 +135,14 @@ def _conflict(layer: str, wanted: str, before: str, other: str) -> InputError:
 
 
 def _harm(table: Mapping[str, Mapping[str, float]], layers: Sequence[str], option: Option) -> float:
-    if option is DENSE:
-        return 0.0
+    if option in (DENSE, GONE):
+        return 0.0 if option is DENSE else np.inf
     found = [table[option.id].get(layer) for layer in layers]
     return float(sum(harm for harm in found if harm is not None)) if None not in found else np.inf
 
 
 def _embedding_harm(table: Mapping[str, Mapping[str, float]], anatomy: Anatomy, option: Option) -> float:
-    return 0.0 if option is DENSE else table[option.id].get(anatomy.embedding.name, np.inf)
+    return 0.0 if option is DENSE else table.get(option.id, {}).get(anatomy.embedding.name, np.inf)
 
 
 def _stored(anatomy: Anatomy, layer: str, option: Option) -> int:

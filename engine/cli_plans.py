@@ -84,6 +84,9 @@ def kv_ranks(model: str, keep: Annotated[float, typer.Option(min=0.01, max=1.0, 
 def allocate(model: str, linear_bits: Budget = None, model_bits: Budget = None, bytes_: Annotated[float | None, typer.Option("--bytes")] = None,
              perplexity_ratio: Annotated[float | None, typer.Option(help="Predicted perplexity over dense, such as 1.1.")] = None,
              latency_s: Annotated[float | None, typer.Option(help="Predicted seconds a token, by the kept kernel bench.")] = None,
+             flops: Annotated[float | None, typer.Option(help="Operations a token; blocks are dropped to meet it.")] = None,
+             kv_bytes: Annotated[float | None, typer.Option(help="Bytes of the KV cache a token, over a full context.")] = None,
+             drops: Annotated[bool, typer.Option("--drops", help="Whole blocks may go as well.")] = False,
              kind: Annotated[str | None, typer.Option("--kind", help="Which sensitivity to spend by.")] = None,
              tie: Annotated[list[str] | None, typer.Option("--tie", help="qkv or gate_up: the same option for all of them.")] = None,
              lock: Annotated[list[str] | None, typer.Option("--lock", help="PATTERN=OPTION, such as role:v=8-bit.")] = None,
@@ -92,12 +95,13 @@ def allocate(model: str, linear_bits: Budget = None, model_bits: Budget = None, 
     """The best recipe within one or two budgets, from kept sensitivities; they are measured first where there are none."""
     from bitpress.engine.allocate_model import allocate_model
 
-    asked = {"linear_bits": linear_bits, "model_bits": model_bits, "bytes": bytes_, "perplexity_ratio": perplexity_ratio, "latency_s": latency_s}
+    asked = {"linear_bits": linear_bits, "model_bits": model_bits, "bytes": bytes_, "perplexity_ratio": perplexity_ratio, "latency_s": latency_s,
+             "flops": flops, "kv_bytes": kv_bytes}  # fmt: skip
     budgets = {name: value for name, value in asked.items() if value is not None}
     if not budgets:
         raise InputError("No budget was given.", "", "Add one, such as --linear-bits 3.5; `bitpress allocate --help` lists them.")
     measure = lambda: followed(jobs.submit("sensitivity", {"model": model, "text": text}))  # noqa: E731
-    found = allocate_model(model, budgets, kind, tie or [], _locks(lock or []), embedding_bits or None, measure)
+    found = allocate_model(model, budgets, kind, tie or [], _locks(lock or []), embedding_bits or None, measure, drops=drops)
     if as_json:
         print_json(found.to_dict())
         return

@@ -30,8 +30,10 @@ from bitpress.engine.model import surgery
 from bitpress.engine.model.anatomy import Part
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.recipe import Calibration, Scheme, WeightScheme
+from bitpress.engine.sensitivity_cache import CACHE_AXES, cached_outputs, in_cache
 from bitpress.engine.sensitivity_file import (
     ACTIVATION,
+    CACHE_BITS,
     DATA_FREE,
     DROP,
     EMBEDDING_BITS,
@@ -46,6 +48,7 @@ from bitpress.engine.sensitivity_file import (
     Option,
     Score,
     SensitivityReport,
+    cache_layer,
     read,
 )
 
@@ -243,6 +246,7 @@ class _Scoring:
         anatomy, done = self.loaded.anatomy, self.done(KL)
         drops = [block for block in range(anatomy.blocks) if (f"{anatomy.block_prefix}.{block}", DROP) not in done]
         total = len(anatomy.linears) * len(self.report.options)
+        count = total - len(jobs)
         self.emit("stage_started", {"stage": "measuring each layer alone", "total": total})
         with prefixes.open():
             prefixes.take()
@@ -254,7 +258,9 @@ class _Scoring:
                     self.check()
                     with truth.changed(surgery.get(self.loaded.model, part.name), made_of(self.weight(part.name), option.scheme)):
                         self.keep(part.name, option.id, KL, prefixes.kl_from(block))
-                    self.emit("progress", {"done": len(self.done(KL)) - block - 1, "total": total})
+                    count += 1
+                    self.emit("progress", {"done": count, "total": total})
+                self.cache_alone(prefixes, block)
                 self.report.save(self.unfinished)
             self.ends_alone(prefixes)
 
@@ -262,6 +268,17 @@ class _Scoring:
         """Layers and options without a score of this kind."""
         done = self.done(kind)
         return [(part, option) for part in self.loaded.anatomy.linears for option in self.report.options if (part.name, option.id) not in done]
+
+    def cache_alone(self, prefixes: truth.Prefixes, block: int) -> None:
+        """Keys and values of one block as a cache of few bits holds them."""
+        parts = {part.role: part.name for part in self.loaded.anatomy.of_block(block) if part.role in CACHE_AXES}
+        if len(parts) < len(CACHE_AXES):
+            return
+        done = self.done(KL)
+        for bits in (bits for bits in CACHE_BITS if (cache_layer(block), f"{bits}-bit") not in done):
+            self.check()
+            with cached_outputs({role: surgery.get(self.loaded.model, name) for role, name in parts.items()}, bits):
+                self.keep(cache_layer(block), f"{bits}-bit", KL, prefixes.kl_from(block))
 
     def ends_alone(self, prefixes: truth.Prefixes) -> None:
         """Embedding (with the head tied to it) and a head of its own."""
@@ -309,6 +326,7 @@ class _Backward:
         self.ends = {part.name: part.name for part in (anatomy.embedding, anatomy.head) if part}
         self.errors = {name: self._end_errors(name) for name in self.ends}
         self.products: dict[tuple[str, str], list[Tensor]] = {}
+        self.sides: dict[tuple[int, int], list[Tensor]] = {}
         self.heard = 0
 
     def tie(self, head: str) -> str:
@@ -324,6 +342,7 @@ class _Backward:
         """One module's turn; layers come from the last to the first."""
         if name in self.linears:
             self.linear(name, x.flatten(0, -2), gradient.flatten(0, -2))
+            self.cached(name, y, gradient)
         elif name in self.ends:
             self.end(name, x, gradient)
         else:
@@ -341,6 +360,14 @@ class _Backward:
             self.keep(name, option.id, _products(x_MK, (made_NK - weight_NK).to(x_MK.dtype), gradient_MN))
         self.heard += 1
         scoring.emit("progress", {"done": self.heard, "total": len(self.linears)})
+
+    def cached(self, name: str, y_SLN: Tensor, gradient_SLN: Tensor) -> None:
+        """Keys or values of a block as a cache of few bits holds them; both sides are needed for a score."""
+        part = self.scoring.loaded.anatomy.by_name[name]
+        if part.role in CACHE_AXES and part.block is not None:
+            for bits in CACHE_BITS:
+                error_SLN = in_cache(y_SLN, bits, CACHE_AXES[part.role]) - y_SLN.float()
+                self.sides.setdefault((part.block, bits), []).append((error_SLN * gradient_SLN).sum(-1, dtype=torch.float32))
 
     def end(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """Rows that are looked up, or logits of a slice of positions: kept until all of both are heard."""
@@ -362,6 +389,9 @@ class _Backward:
             totals[key] = totals.get(key, torch.zeros(())) + torch.cat(pieces)
         for (name, option), products_M in totals.items():
             self.keep(name, option, products_M)
+        for (block, bits), sides in self.sides.items():
+            if len(sides) == len(CACHE_AXES):
+                self.keep(cache_layer(block), f"{bits}-bit", sides[0] + sides[1])
 
 
 def _products(x_MK: Tensor, error_NK: Tensor, gradient_MN: Tensor) -> Tensor:

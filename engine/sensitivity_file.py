@@ -40,6 +40,12 @@ OPTIONS = (
     Option(id="2:4", scheme=Scheme(sparsity=SparsityScheme(ratio=0.5, pattern="2:4"))),
 )
 EMBEDDING_BITS = (8, 4)  # widths at which the embedding and its tied head are scored
+CACHE_BITS = (8, 4, 3, 2)  # widths at which the keys and values of each block are scored, the widest first
+
+
+def cache_layer(block: int) -> str:
+    """The name under which the KV cache of a block is scored."""
+    return f"kv_cache.{block}"
 
 
 class Score(BaseModel):

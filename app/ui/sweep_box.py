@@ -123,7 +123,7 @@ def ended(status: Status) -> None:
                 st.button("Open in compare", key="sweep-compare", icon=":material/compare_arrows:", on_click=_turn)
         if status.error:
             st.error(error_markdown(*(status.error.get(name, "") for name in ("what", "why", "remedy"))))
-        points(records)
+        points(records, at_work=False)
     if st.session_state.pop("sweep-turn", False):
         st.switch_page("pages/compare.py", query_params={"tags": tag_of(status.id)})
 
@@ -137,7 +137,7 @@ def _counted(records: Sequence[Mapping[str, Any]], status: Status) -> str:
     return f"{done} of {counted(max(status.total, len(records)), 'recipe')}"
 
 
-def points(records: Sequence[Mapping[str, Any]]) -> None:
+def points(records: Sequence[Mapping[str, Any]], at_work: bool = True) -> None:
     """What was measured so far, as a plot of size against divergence and as a table."""
     if not records:
         return
@@ -148,7 +148,9 @@ def points(records: Sequence[Mapping[str, Any]]) -> None:
         with left:
             _plot(known, front)
     with right:
-        st.dataframe(sweep_view.rows(records, front), hide_index=True, height=TABLE_HEIGHT, column_config=CONFIG, key="sweep-table", alt="Recipes of the sweep")
+        table = sweep_view.rows(records, front, at_work)
+        height = min(TABLE_HEIGHT, 38 + 35 * len(records))
+        st.dataframe(table, hide_index=True, height=height, column_config=CONFIG, key="sweep-table", placeholder="", alt="Recipes of the sweep")
 
 
 def _plot(known: Sequence[Mapping[str, Any]], front: Sequence[str]) -> None:
@@ -173,7 +175,7 @@ def _figure(known: Sequence[Mapping[str, Any]], front: Sequence[str]) -> go.Figu
         ("front", best, {"symbol": "diamond", "size": 10, "color": ACCENT}),
     ):
         _marks(chart, records, name, [record["figures"]["kl_mean"] for record in records], marker, "lines+markers" if name == "front" else "markers")
-    chart.update_yaxes(exponentformat="power")
+    chart.update_yaxes(exponentformat="power", title_standoff=14)
     return chart
 
 

@@ -52,24 +52,27 @@ def newest_sweep(model: str) -> Status | None:
     return next(found, None)
 
 
-def rows(records: Sequence[Mapping[str, Any]], front: Sequence[str]) -> dict[str, list[Any]]:
-    """The points as a table, those on the front marked."""
+def rows(records: Sequence[Mapping[str, Any]], front: Sequence[str], at_work: bool = True) -> dict[str, list[Any]]:
+    """The points as a table, those on the front marked; columns in which nothing stands are left out."""
 
     def column(name: str, scale: float = 1.0) -> list[float | None]:
         return [record["figures"][name] * scale if name in record["figures"] else None for record in records]
 
-    return {
+    words = STATE_WORDS | ({} if at_work else {"open": "‖ paused"})
+    table = {
         "front": ["◆" if record["run"] in front and record["run"] else "" for record in records],
         "recipe": [record["name"] for record in records],
-        "state": [STATE_WORDS.get(record["state"], record["state"]) for record in records],
+        "state": [words.get(record["state"], record["state"]) for record in records],
         "size, MB": column("bytes", 1e-6),
-        "bits a linear weight": column("bits_per_weight_linears"),
-        "perplexity": column("perplexity"),
         "divergence, nat": column("kl_mean"),
         "foretold, nat": [record.get("predicted") for record in records],
+        "perplexity": column("perplexity"),
+        "bits a linear weight": column("bits_per_weight_linears"),
         "run": [str(record["run"] or "")[-4:] for record in records],
         "why not": [record["wrong"] for record in records],
     }
+    empty = {name for name in ("why not", "foretold, nat") if not any(table[name])}
+    return {name: values for name, values in table.items() if name not in empty}
 
 
 def measured(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitpress.engine.accounting import size_of
+from bitpress.engine.accounting import flops_per_token, size_of
 from bitpress.engine.allocate import allocate, frontier, reasons
+from bitpress.engine.cache_choice import bytes_per_token
 from bitpress.engine.choices import Choices, choices_of
 from bitpress.engine.errors import InputError
+from bitpress.engine.knapsack import Infeasible, solve
 from bitpress.engine.latency_table import LatencyTable, keep, kept_table, table_path
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import Recipe, Stage
@@ -30,7 +33,9 @@ def report_of(anatomy: Anatomy, seed: int = 0, kind: str = FISHER) -> Sensitivit
     harms = {(name, option): harm * w * float(rng.lognormal(0, 0.2)) for name, w in weight.items() for option, harm in HARM.items()}
     scores = [Score(layer=name, option=option, kind=kind, score=harm) for (name, option), harm in harms.items()]
     scores += [Score(layer=anatomy.embedding.name, option=option, kind=kind, score=harm) for option, harm in (("8-bit", 1e-4), ("4-bit", 0.3))]
-    scores.append(Score(layer="model.layers.0", option="drop", kind=kind, score=3.0))
+    scores += [Score(layer=f"model.layers.{block}", option="drop", kind=kind, score=3.0 - block / 2) for block in range(anatomy.blocks)]
+    cached = itertools.product(range(anatomy.blocks), (8, 4, 3, 2))
+    scores += [Score(layer=f"kv_cache.{block}", option=f"{bits}-bit", kind=kind, score=0.2 / 4**bits) for block, bits in cached]
     return SensitivityReport(
         digest="0" * 16, model=anatomy.model, fingerprint=anatomy.fingerprint, kinds=(kind,), text="wiki", tokens_sha256="", protocol="made up",
         options=OPTIONS, scores=scores,
@@ -163,6 +168,90 @@ def test_what_cannot_be_is_refused_with_the_nearest_that_can(anatomy: Anatomy, c
         allocate(choices, {"bytes": math.nan})
     with pytest.raises(InputError, match="needs scores in nats"):
         allocate(choices_of(anatomy, report_of(anatomy, kind=DATA_FREE), DATA_FREE), {"perplexity_ratio": 1.1})
+
+
+def test_operations_are_saved_by_dropping_the_blocks_that_hurt_least(choices: Choices, anatomy: Anatomy) -> None:
+    dense = flops_per_token(None, anatomy)
+    one = 2 * sum(part.numel for part in anatomy.of_block(0))
+    found = allocate(choices, {"flops": dense - 1.5 * one})
+    assert found.recipe.dropped_blocks(anatomy) == [2, 3]
+    assert flops_per_token(found.recipe, anatomy) == found.predicted["flops"] == dense - 2 * one
+    assert found.predicted["kl"] == pytest.approx(choices.drop_harm[2] + choices.drop_harm[3])
+    assert {found.options[part.name] for part in anatomy.of_block(3)} == {"drop"}
+    assert found.recipe.validate_for(anatomy) == []
+    both = allocate(choices, {"flops": dense - one, "linear_bits": 4.0})
+    assert both.predicted["bits_per_weight_linears"] <= 4.0
+    assert both.recipe.dropped_blocks(anatomy) == [3]
+    assert allocate(choices, {"flops": float(dense)}).recipe.dropped_blocks(anatomy) == []
+
+
+def test_blocks_go_only_where_that_is_better_and_bytes_stay_exact(choices: Choices, anatomy: Anatomy) -> None:
+    roomy = {"bytes": 0.5 * anatomy.bytes}
+    assert allocate(choices, roomy, drops=True).predicted == allocate(choices, roomy).predicted
+    smallest = frontier(choices).points[0].bytes
+    with pytest.raises(InputError, match="cannot be met"):
+        allocate(choices, {"bytes": smallest - 2000.0})
+    tight = allocate(choices, {"bytes": smallest - 2000.0}, drops=True)
+    assert tight.recipe.dropped_blocks(anatomy)
+    assert tight.predicted["bytes"] == size_of(tight.recipe, anatomy).bytes <= smallest - 2000
+
+
+def test_dropping_equals_trying_every_set_of_blocks(choices: Choices, anatomy: Anatomy) -> None:
+    limit = 0.16 * anatomy.bytes
+    best = math.inf
+    for gone in itertools.chain.from_iterable(itertools.combinations((1, 2, 3), count) for count in range(4)):
+        stay = [item for item, layers in enumerate(choices.items) if anatomy.by_name[layers[0]].block not in gone]
+        room = limit - choices.rest_bytes + len(gone) * anatomy.block_rest_params * anatomy.itemsize
+        try:
+            kept = solve(choices.harm_IJ[stay], choices.bytes_IJ[None, stay], np.array([room])).harm
+        except Infeasible:
+            continue
+        best = min(best, kept + sum(choices.drop_harm[block] for block in gone))
+    assert allocate(choices, {"bytes": limit}, drops=True).predicted["kl"] == pytest.approx(best)
+
+
+def test_the_widest_cache_that_fits_is_taken(choices: Choices, anatomy: Anatomy) -> None:
+    dense = bytes_per_token(None, anatomy)
+    found = allocate(choices, {"kv_bytes": 0.6 * dense, "linear_bits": 4.0})
+    assert found.recipe.kv_cache is not None
+    assert found.recipe.kv_cache.keys.bits == found.recipe.kv_cache.values.bits == 4
+    assert found.predicted["kv_bytes"] == bytes_per_token(found.recipe.kv_cache, anatomy) <= 0.6 * dense
+    plain = allocate(choices, {"linear_bits": 4.0})
+    assert found.predicted["kl"] == pytest.approx(plain.predicted["kl"] + 4 * 0.2 / 4**4)
+    assert allocate(choices, {"kv_bytes": dense}).recipe.kv_cache is None
+    strict = allocate(choices, {"kv_bytes": 0.6 * dense, "perplexity_ratio": 1.1})
+    assert strict.predicted["perplexity_ratio"] <= 1.1
+
+
+@pytest.mark.parametrize("kind", ["flops", "kv_bytes", "model_bits", "bytes"])
+def test_every_kind_of_budget_names_its_nearest(choices: Choices, kind: str) -> None:
+    with pytest.raises(InputError, match="cannot be met") as refused:
+        allocate(choices, {kind: 1.0})
+    least = float(re.search(r"Ask for ([\d.,]+)", refused.value.remedy)[1].replace(",", ""))
+    found = allocate(choices, {kind: least})
+    assert found.predicted["kl"] > 0
+    with pytest.raises(InputError, match="above dense"):
+        allocate(choices, {kind: 1e12})
+
+
+def test_a_cache_without_scores_or_that_is_not_our_own_is_refused(paper: Callable[..., Anatomy]) -> None:
+    anatomy = paper(blocks=2)
+    report = report_of(anatomy)
+    old = report.model_copy(update={"scores": [score for score in report.scores if not score.layer.startswith("kv_cache")]})
+    half = 0.6 * bytes_per_token(None, anatomy)
+    with pytest.raises(InputError, match=r"No sensitivity of the KV cache.*--force"):
+        allocate(choices_of(anatomy, old, FISHER), {"kv_bytes": half})
+    other = anatomy.model_copy(update={"architecture": "GPT2LMHeadModel"})
+    with pytest.raises(InputError, match="cache of this model cannot be made smaller"):
+        allocate(choices_of(other, report, FISHER), {"kv_bytes": half})
+
+
+def test_budgets_of_operations_and_quality_can_be_too_much_together(choices: Choices, anatomy: Anatomy) -> None:
+    dense = flops_per_token(None, anatomy)
+    with pytest.raises(InputError, match="cannot both be met") as both:
+        allocate(choices, {"flops": 0.5 * dense, "perplexity_ratio": 1.05})
+    least = float(re.search(r"Ask for ([\d.,]+)", both.value.remedy)[1].replace(",", ""))
+    assert allocate(choices, {"flops": least, "perplexity_ratio": 1.05}).predicted["perplexity_ratio"] <= 1.05
 
 
 def test_locks_that_conflict_are_named(anatomy: Anatomy) -> None:
