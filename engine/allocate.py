@@ -233,7 +233,8 @@ def reasons(choices: Choices, allocation: Allocation, layer: str) -> list[Reason
 
 def price_of_a_byte(choices: Choices, allocation: Allocation) -> float:
     """Harm that one byte more would save at this allocation: the slope of the frontier there."""
-    used = float(choices.bytes_IJ[np.arange(len(choices.items)), allocation.choice].sum())
+    there = allocation.choice != choices.options.index(GONE)
+    used = float(choices.bytes_IJ[np.arange(len(choices.items)), allocation.choice][there].sum())
     inner = knapsack.frontier(choices.harm_IJ, choices.bytes_IJ)
     step = int(np.searchsorted(inner.cost, used, side="right")) - 1
     step = min(max(step, 0), len(inner.cost) - 2)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitpress.engine.accounting import embedding_layout, layout_of
-from bitpress.engine.choices import DENSE_BITS, HEAD_BITS, Choices, Floats, end_scheme
+from bitpress.engine.choices import DENSE_BITS, GONE, HEAD_BITS, Choices, Floats, end_scheme
 from bitpress.engine.home import home
 from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.recipe import Scheme
@@ -97,7 +97,8 @@ class LatencyTable:
 
     def token_seconds(self, choices: Choices, choice: NDArray[np.int64]) -> float:
         """Predicted seconds of one token: all products and the head."""
-        return float(self.seconds(choices)[np.arange(len(choice)), choice].sum()) + self.head_seconds(choices)
+        there = choice != choices.options.index(GONE)
+        return float(self.seconds(choices)[np.arange(len(choice)), choice][there].sum()) + self.head_seconds(choices)
 
     def head_seconds(self, choices: Choices) -> float:
         """Seconds of the head at its fixed width; 0 where it is an item with the embedding that it is tied to."""

@@ -193,7 +193,9 @@ def act(anatomy: Anatomy, recipe: Recipe, found: Allocation) -> None:
         st.button("Verify", key="verify", type="primary", icon=":material/verified:", shortcut="Ctrl+Enter", disabled=bool(job or run or problems),
                   on_click=told(partial(_verify, recipe)), help="; ".join(map(str, problems)) or "Compress with this recipe and measure it.")  # fmt: skip
         st.button("Use on explore", key="use", icon=":material/open_in_new:", on_click=_use, args=(recipe,))
-        st.caption(f"Solved in {duration(found.seconds)}." + ("" if run or job else " Nothing has measured this recipe yet."), width="content")
+        shape = view.shape_line(found)
+        told_so_far = "" if run or job else " Nothing has measured this recipe yet."
+        st.caption((f"{shape[0].upper()}{shape[1:]}. " if shape else "") + f"Solved in {duration(found.seconds)}.{told_so_far}", width="content")
     if job is not None:
         st.fragment(_verifying, run_every=POLL_SECONDS)(job.id)
     if run is not None:

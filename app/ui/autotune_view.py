@@ -9,15 +9,17 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from bitpress.app.ui.layer_map import Cell, Legend, grid
-from bitpress.app.ui.numbers import MINUS, THIN, amount, counted, duration, file_size, signed_percent, whole
+from bitpress.app.ui.numbers import MINUS, THIN, amount, counted, file_size, whole
+from bitpress.engine.accounting import flops_per_token
 from bitpress.engine.allocate import Allocation, Curve, Reason, frontier
+from bitpress.engine.cache_choice import DENSE_BITS, bytes_per_token, cache_of
 from bitpress.engine.choices import Choices, choices_of
 from bitpress.engine.errors import BitpressError
 from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.predict import predicted_kl
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.runs.store import Run, Store
-from bitpress.engine.sensitivity_file import NATS, SensitivityReport
+from bitpress.engine.sensitivity_file import CACHE_BITS, DROP, NATS, SensitivityReport, cache_layer
 
 MOST_RUNS = 500
 KEPT_TABLES = 16
@@ -48,8 +50,8 @@ class Slide:
 
 def slides(curve: Curve, dense_seconds: float | None = None, least_seconds: float = 0.0) -> dict[str, Slide]:
     """The budgets that this model can be given, from the smallest that can be met to dense."""
-    anatomy = curve.choices.anatomy
-    first = curve.points[0]
+    choices, first = curve.choices, curve.points[0]
+    anatomy = choices.anatomy
     low_bits, low_bytes = _up(first.linear_bits, 0.05), _up(first.bytes / 1e6, _byte_step(anatomy))
     low_model = _up(8 * first.bytes / anatomy.params, 0.05)
     worst = min(400.0, 100 * math.expm1(min(first.harm, 6.0)))
@@ -67,6 +69,15 @@ def slides(curve: Curve, dense_seconds: float | None = None, least_seconds: floa
         found["latency_s"] = Slide(
             "Time a token, products alone", "ms", low, _down(dense_seconds * 1e3, step), step, max(low, _up(dense_seconds * 500, step)), 1e-3
         )
+    if choices.drop_harm:
+        dense = float(flops_per_token(None, anatomy)) / 1e6
+        block = 2e-6 * sum(part.numel for part in anatomy.of_block(0))
+        low = _up(dense - block * len(choices.drop_harm), dense / 200)
+        found["flops"] = Slide("Operations a token", "MFLOPs", low, _up(dense, dense / 200), dense / 200, _up(dense - 2 * block, dense / 200), 1e6)
+    if cache_layer(0) in choices.scores.get(f"{CACHE_BITS[0]}-bit", {}):
+        low, high = (bytes_per_token(cache_of(bits), anatomy) / 1e3 for bits in (CACHE_BITS[-1], DENSE_BITS))
+        step = 10.0 ** math.floor(math.log10(high) - 2)
+        found["kv_bytes"] = Slide("KV cache a token", "kB", _up(low, step), _down(high, step), step, _up(high / 2, step), 1e3)
     return found
 
 
@@ -209,6 +220,8 @@ def cells(anatomy: Anatomy, choices: Choices, allocation: Allocation, locked: Ma
     def draw(part: Part) -> Cell:
         option = allocation.options[part.name]
         weights, sparsity = schemes[option].weights, schemes[option].sparsity
+        if option == DROP:
+            return Cell(part.name, part.role, part.block, None, "", f"Block {part.block}, {part.role}\nleft out with its block\n{part.name}", state="removed")
         held = ", locked" if part.name in locked else ""
         title = f"Block {part.block}, {part.role}\n{option}{held}\n{whole(part.out_features)} × {whole(part.in_features)}\n{part.name}"
         value = BIT_PLACES.get(weights.bits) if weights else None
@@ -232,6 +245,8 @@ def locked_layers(anatomy: Anatomy, choices: Choices, locks: Mapping[str, str]) 
 
 def why(reasons: Sequence[Reason], layer: str, allocation: Allocation, tied: Sequence[str], locked: bool) -> str:
     """Why a layer got what it got, in two sentences with the numbers."""
+    if allocation.options[layer] == DROP:
+        return "Its whole block is left out: that loses least of what the budget of operations asks for."
     chosen = next(reason for reason in reasons if reason.chosen)
     together = f" (with {len(tied) - 1} tied to it)" if len(tied) > 1 else ""
     if locked:
@@ -266,10 +281,10 @@ def reason_rows(reasons: Sequence[Reason], byte_price: float) -> dict[str, list[
     }
 
 
-def predicted_line(predicted: Mapping[str, float], anatomy: Anatomy) -> tuple[str, ...]:
-    """What is foretold, a line each: size, quality, and speed where it is known."""
-    lines = [f"{file_size(predicted['bytes'])}, {amount(anatomy.bytes / predicted['bytes'])}× smaller"]
-    lines.append(f"{signed_percent(predicted['perplexity_ratio'] - 1)} perplexity, {amount(predicted['kl'])} nat")
-    if "latency_s" in predicted:
-        lines.append(f"{duration(predicted['latency_s'])} a token in products")
-    return tuple(lines)
+def shape_line(found: Allocation) -> str:
+    """What goes beside bits: blocks and cache, empty where neither does."""
+    structure, cache = found.recipe.structure, found.recipe.kv_cache
+    parts = [f"blocks {', '.join(map(str, structure.drop_blocks))} left out"] if structure.drop_blocks else []
+    if cache is not None and cache.keys is not None:
+        parts.append(f"KV cache at {cache.keys.bits} bits, {file_size(found.predicted['kv_bytes'])} a token")
+    return "; ".join(parts)

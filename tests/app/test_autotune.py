@@ -1,5 +1,6 @@
 """The autotune page: slider ranges, reasons and locks as pure functions; every state of the page; verify, use, restore from the link."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,21 @@ def test_the_table_of_a_sweep_marks_its_front_and_says_what_failed(report: Sensi
     assert list(table["front"]) == ["◆", "", "◆", ""]
     assert list(table["why not"])[3] == "The disk is full."
     assert app.button(key="sweep-compare")
+
+
+def test_operations_and_cache_are_budgets_where_they_are_scored(report: SensitivityReport, open_page: Any, anatomy: Anatomy) -> None:
+    drops = [Score(layer=f"{anatomy.block_prefix}.{block}", option="drop", kind=FISHER, score=0.5 - block / 20) for block in range(anatomy.blocks)]
+    places = itertools.product(range(anatomy.blocks), (8, 4, 3, 2))
+    cached = [Score(layer=f"kv_cache.{block}", option=f"{bits}-bit", kind=FISHER, score=0.1 / 4**bits) for block, bits in places]
+    report.model_copy(update={"scores": [*report.scores, *drops, *cached], "seconds_of": {FISHER: 4.0}}).save()
+    app = open_page()
+    app.selectbox(key="budget").set_value("flops").run()
+    app.selectbox(key="second").set_value("kv_bytes").run()
+    assert not app.exception
+    assert "left out; KV cache at" in said(app)
+    app.button(key="verify").click().run()
+    (status,) = Store().list(kind="compress")
+    recipe = Store().get(status.id).recipe()
+    assert recipe is not None
+    assert recipe.structure.drop_blocks
+    assert recipe.kv_cache is not None
