@@ -19,6 +19,7 @@ from bitpress.app.ui.mask_picture import mask_picture, read_mask
 from bitpress.app.ui.metric_cards import CARD_HEIGHT, cards
 from bitpress.app.ui.notices import error_markdown, guarded, tell_notice
 from bitpress.app.ui.overlays import OVERLAYS, Picture, cells_of, legend_of, missing_reason, scale_of, selection_parts
+from bitpress.app.ui.rank_search_view import rank_search
 from bitpress.app.ui.recipe_menu import recipe_menu
 from bitpress.app.ui.run_view import RunView
 from bitpress.app.ui.shape_controls import shape_controls
@@ -227,6 +228,10 @@ def settings(anatomy: Anatomy, run: Run | None) -> None:
         if cache.open:
             with cache:
                 cache_controls(anatomy)
+        search = st.expander("Search for ranks", key="search-box", on_change="rerun")
+        if search.open:
+            with search:
+                rank_search(anatomy.model)
         # Drawn when it is opened, as the table is the slowest widget of the page.
         lines = st.expander("Lines of the recipe", key="lines", on_change="rerun")
         if lines.open:

@@ -10,6 +10,7 @@ from bitpress.app.ui.commands import show_commands
 from bitpress.app.ui.live_panel import LOG_LINES, STATE_BADGES, progress_line, told
 from bitpress.app.ui.notices import empty, error_markdown, guarded, plain, show_error, tell_notice
 from bitpress.app.ui.numbers import TIMES
+from bitpress.app.ui.rank_search_view import trials_chart
 from bitpress.app.ui.run_list import KIND_WORDS, MAIN_KINDS, STATE_WORDS, Filter, Row, progress_of, row_of, rows_of, sentence, table, times_of
 from bitpress.app.ui.run_names import plan_of_run, short_id
 from bitpress.app.ui.run_view import RunView
@@ -161,11 +162,11 @@ def detail(row: Row) -> None:
             st.markdown(plain(said))
         trouble(status)
         actions(run, status)
-        recipe, alike, machine, log = st.tabs(["Recipe", "Tokens", "Machine", "Log"])
+        recipe, alike, machine, log = st.tabs(["Recipe", "Trials" if status.kind == "ranks" else "Tokens", "Machine", "Log"])
         with recipe:
             _recipe(run)
         with alike:
-            similarity_charts(run)
+            trials_chart(run) if status.kind == "ranks" else similarity_charts(run)
         with machine:
             st.json(run.env() or {"machine": "The worker has not begun yet."}, expanded=1)
         with log:

@@ -71,6 +71,9 @@ def _title(picture: Picture, part: Part, scheme: Scheme | None) -> str:
     where = f"Block {part.block}, {part.role}" if part.block is not None else part.role
     held = f" (holds {', '.join(part.fused)})" if part.fused else ""
     lines = [where + held, describe(scheme), f"{whole(part.out_features)} {TIMES} {whole(part.in_features)}"]
+    holder = picture.recipe.structure.holder_of(part.block) if part.block is not None else None
+    if holder is not None:
+        lines.append("holds the matrix that its group shares" if holder == part.block else f"uses the matrix of block {holder}")
     if part.name in picture.size.layer_bytes:
         lines.append(file_size(picture.size.layer_bytes[part.name]))
     if part.name in picture.errors:
@@ -167,6 +170,7 @@ def legend_of(picture: Picture, overlay: str) -> Legend:
     notes = ["smaller square: more zeros"] if any(line.sparsity for line in picture.recipe.schemes) else []
     notes += ["smaller square: heads or neurons gone"] if structure.shares or structure.remove_heads or structure.remove_neurons else []
     notes += ["outline: removed"] if picture.recipe.structure.drop_blocks else []
+    notes += [f"blocks {' and '.join(map(str, group))} share their matrices" for group in structure.share_blocks]
     notes += ["faint: not done yet"] if picture.done is not None else []
     return Legend(legend_title(picture, overlay), _steps(picture, overlay), tuple(notes))
 
