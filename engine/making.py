@@ -167,6 +167,9 @@ class Making:
         given = [stats.get(job.place, {}) for job in jobs]
         prunes = [prepared(weight_NK, job, seen, self.note).weight_NK for weight_NK, job, seen in zip(dense, jobs, given, strict=True)]
         weights = [method.start(weight_NK, job.asked_of(method), seen, options) for weight_NK, job, seen in zip(prunes, jobs, given, strict=True)]
+        for job, weight in zip(jobs, weights, strict=True):
+            for note in weight.notes:
+                self.note(f"{job.part.name}: {note}.")
         self.side.train(self.shaped.model, {job.place: weight for job, weight in zip(jobs, weights, strict=True)}, options)
         return [finished(module, job, dense_NK, weight.outcome()) for module, job, dense_NK, weight in zip(modules, jobs, dense, weights, strict=True)]
 

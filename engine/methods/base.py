@@ -125,7 +125,9 @@ class LinearMethod(Method):
 
 
 class LearnedWeight(nn.Module, ABC):
-    """One matrix while the block or the model around it is optimised."""
+    """One matrix while the block or the model around it is optimised. notes: what a person should know of its start, told in the run's events."""
+
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self) -> Tensor:

@@ -43,7 +43,7 @@ class FlexRoundWeight(LearnedWeight):
         super().__init__()
         self.scheme, self.options = scheme, options
         grid = searched_grid(weight_NK, scheme, stats.get("second_moment"))
-        start_NK = compensated(weight_NK, scheme.group_size, uniform_levels(grid, len(weight_NK)), stats)
+        start_NK, self.notes = compensated(weight_NK, scheme.group_size, uniform_levels(grid, len(weight_NK)), stats)
         self.reshape = Reshape(start_NK, scheme.group_size, grid.scale)
         self.zero_R1 = grid.zero
 

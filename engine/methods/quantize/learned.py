@@ -6,7 +6,7 @@ the nearest level. Shapes: R groups, g weights a group, n planes, L levels.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,21 @@ def searched_grid(weight_NK: Tensor, scheme: WeightScheme, importance_K: Tensor 
     return search_grid(to_groups(weight_NK, scheme.group_size).flatten(0, 1), scheme, ClipSearch(), importance)
 
 
-def compensated(weight_NK: Tensor, group_size: int, levels_NGL: Tensor, stats: Statistics, has_zero: bool = True) -> Tensor:
+class Compensated(NamedTuple):
+    """A matrix before its first step, and what was done to get it."""
+
+    weight_NK: Tensor
+    notes: tuple[str, ...] = ()
+
+
+def compensated(weight_NK: Tensor, group_size: int, levels_NGL: Tensor, stats: Statistics, has_zero: bool = True) -> Compensated:
     """The matrix whose every weight, rounded to its nearest level, makes up for the rounding of those before it (METHODS 15.2).
 
     levels_NGL: the levels of every group of every row. Without second moments ("gram") of the inputs, the weights as they are.
     has_zero: 0 is a level, and weights that are 0 keep it: they may be pruned.
     """
     if "gram" not in stats:
-        return weight_NK
+        return Compensated(weight_NK)
     seen_KN, size = torch.zeros_like(weight_NK.t(), memory_format=torch.contiguous_format), group_size or weight_NK.shape[1]
     free_NK = weight_NK != 0 if has_zero else None
 
@@ -43,8 +50,9 @@ def compensated(weight_NK: Tensor, group_size: int, levels_NGL: Tensor, stats: S
         return levels_NL.gather(1, (levels_NL - seen_N[:, None]).abs_().argmin(dim=1, keepdim=True))[:, 0]
 
     choose = None if free_NK is None else keeping(free_NK)
-    sweep(weight_NK, factorise(stats["gram"], DAMPING).upper_KK, choose, rounding=round_column)
-    return seen_KN.t().contiguous()
+    factor = factorise(stats["gram"], DAMPING)
+    sweep(weight_NK, factor.upper_KK, choose, rounding=round_column)
+    return Compensated(seen_KN.t().contiguous(), factor.notes)
 
 
 def uniform_levels(grid: Grid, rows: int) -> Tensor:

@@ -53,7 +53,8 @@ class ClippedWeight(LearnedWeight):
         strength = torch.full_like(searched, START) if options.start == "wide" else searched
         self.lower, self.upper = nn.Parameter(strength), nn.Parameter(strength.clone())
         levels_NGL = uniform_levels(self.grid(), len(weight_NK))
-        self.groups_Rg = to_groups(compensated(weight_NK, scheme.group_size, levels_NGL, stats), scheme.group_size).flatten(0, 1)
+        start_NK, self.notes = compensated(weight_NK, scheme.group_size, levels_NGL, stats)
+        self.groups_Rg = to_groups(start_NK, scheme.group_size).flatten(0, 1)
 
     def strength_of(self, grid: Grid) -> Tensor:
         """The strength of both ends that gives each group the scale of a narrower grid; at most the wide one's."""

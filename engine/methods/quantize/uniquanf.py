@@ -95,7 +95,7 @@ class UnifiedWeight(LearnedWeight):
         scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)
         stored = planes.stored()
         levels_NGL = (stored.levels() + stored.shift).view(len(weight_NK), -1, 2**scheme.bits)
-        start_NK = compensated(weight_NK, scheme.group_size, levels_NGL, stats, has_zero=False)
+        start_NK, self.notes = compensated(weight_NK, scheme.group_size, levels_NGL, stats, has_zero=False)
         self.reshape = Reshape(start_NK, scheme.group_size, scale)
         self.alphas = nn.Parameter(planes.alphas / scale)
         self.offset_R1 = -planes.shift / scale
