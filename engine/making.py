@@ -6,10 +6,12 @@ Knows jobs, the calibration walk and the store; the mathematics is the methods'.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from bitpress.engine.after_stats import write_after
 from bitpress.engine.blockwise import Reconstruction
 from bitpress.engine.calibrate import Requests, walk
 from bitpress.engine.calibration_set import CalibrationSet
@@ -226,14 +228,20 @@ class Making:
         return self.installed(job, stored, time.perf_counter() - begun, reused)
 
     def installed(self, job: LayerJob, stored: StoredLayer, seconds: float, reused: bool) -> LayerResult:
-        pruned = job.scheme.sparsity is not None and not reused
-        dense_NK = dense_weight(surgery.get(self.shaped.model, job.place), job).clone() if pruned and self.store else None
+        drawn = self.store is not None and not reused and job.part.block is not None
+        dense_NK = dense_weight(surgery.get(self.shaped.model, job.place), job).clone() if drawn else None
         kernel, reason = install(self.shaped.model, job, stored)
-        if dense_NK is not None and self.store:
-            module = surgery.get(self.shaped.model, job.place)
-            made_NK = module.dequantize() if isinstance(module, PackedLinear) else dense_weight(module, job)
-            write_mask(self.store.folder.parent, job.part.name, dense_NK, made_NK)
+        if dense_NK is not None and self.store is not None:
+            self.draw(self.store.folder.parent, job, dense_NK)
         return LayerResult(stored.layer, stored.method, stored.error, stored.nbytes, round(seconds, 4), kernel, reason, reused)
+
+    def draw(self, folder: Path, job: LayerJob, dense_NK: Tensor) -> None:
+        """Write down what screens draw of a finished matrix."""
+        module = surgery.get(self.shaped.model, job.place)
+        made_NK = module.dequantize() if isinstance(module, PackedLinear) else dense_weight(module, job)
+        write_after(folder, job.part.name, dense_NK, made_NK.float(), job.scheme.weights.group_size if job.scheme.weights else 0)
+        if job.scheme.sparsity is not None:
+            write_mask(folder, job.part.name, dense_NK, made_NK)
 
     def note(self, text: str) -> None:
         self.emit("note", {"level": "info", "text": text})

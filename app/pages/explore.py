@@ -7,6 +7,7 @@ import streamlit as st
 
 from bitpress.app import readings, state
 from bitpress.app.ui import controls, live_panel, live_session, model_picker
+from bitpress.app.ui.after_picture import after_picture, read_after
 from bitpress.app.ui.answers import answers
 from bitpress.app.ui.block_diagram import block_diagram, changed
 from bitpress.app.ui.cache_controls import cache_controls
@@ -247,6 +248,9 @@ def from_near(anatomy: Anatomy, schemes: Mapping[str, Scheme], run: Run | None) 
     if len(names) == 1:
         with st.container(border=True, key="detail-box"):
             layer_detail(anatomy.model, anatomy.by_name[names[0]], schemes.get(names[0]), key="detail")
+            after = read_after(run.path, names[0]) if run is not None else None
+            if after is not None:
+                after_picture(after, key="after")
             record = read_mask(run.path, names[0]) if run is not None else None
             if record is not None:
                 mask_picture(record, key="mask")

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import BlockMethod, BlockOptions, LearnedWeight, Outcome, Statistics
-from bitpress.engine.methods.quantize.learned import Reshape, compensated, searched_grid, uniform_levels, uniform_outcome
+from bitpress.engine.methods.quantize.learned import DAMPING, Reshape, compensated, mended, searched_grid, uniform_levels, uniform_outcome
 from bitpress.engine.methods.quantize.pipeline import SCALE_DTYPE, Grid, decode
+from bitpress.engine.methods.quantize.refine import target_of
 from bitpress.engine.recipe import BITS, Scheme, WeightScheme
 
 
@@ -16,6 +17,10 @@ class FlexRoundOptions(BlockOptions):
     """Optimiser and start."""
 
     rate: float = Field(default=1e-3, gt=0.0, le=1.0, title="Learning rate", description="Of the factors and the scales; falls to 0 along a cosine.")
+    mending: int = Field(
+        default=0, ge=0, le=50, title="Rounds of mending before",
+        description="Before the training, scales and codes are changed in turn wherever that lowers the error of each matrix's own outputs, as GPTQ can.",
+    )  # fmt: skip
 
 
 class FlexRound(BlockMethod):
@@ -28,7 +33,7 @@ class FlexRound(BlockMethod):
     citation = "Lee et al. 2023, FlexRound: Learnable Rounding based on Element-wise Division, arXiv 2306.00317."
     cost = "Steps times blocks: about half a minute a block for 200 steps at 135M parameters on two quiet cores."
     use_when = "Even levels must be kept, for the fastest kernels, and a few minutes of training at 2 or 3 bits can be spared."
-    ability = Ability(part="weights", factors=False, bits=BITS)
+    ability = Ability(part="weights", factors=False, bits=BITS, zeros=("integer", "float"))
     Options = FlexRoundOptions
 
     def start(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: FlexRoundOptions) -> LearnedWeight:
@@ -44,6 +49,8 @@ class FlexRoundWeight(LearnedWeight):
         self.scheme, self.options = scheme, options
         grid = searched_grid(weight_NK, scheme, stats.get("second_moment"))
         start_NK, self.notes = compensated(weight_NK, scheme.group_size, uniform_levels(grid, len(weight_NK)), stats)
+        if options.mending and "gram" in stats:
+            start_NK, grid = mended(start_NK, grid, scheme, target_of(weight_NK, stats["gram"], DAMPING), options.mending)
         self.reshape = Reshape(start_NK, scheme.group_size, grid.scale)
         self.zero_R1 = grid.zero
 
@@ -54,7 +61,7 @@ class FlexRoundWeight(LearnedWeight):
     def forward(self) -> Tensor:
         """Rounded weights; a weight beyond the last level has no gradient but through the scale."""
         grid, seen_Rg = self.grid(), self.reshape.seen()
-        free_Rg = (seen_Rg / grid.scale).round_().add_(grid.zero)
+        free_Rg = (seen_Rg / grid.scale).add_(grid.zero).round_() if self.scheme.zero == "float" else (seen_Rg / grid.scale).round_().add_(grid.zero)
         near_Rg = (free_Rg >= 0) & (free_Rg <= grid.top)
         return self.reshape.matrix(self.reshape.passed(seen_Rg, decode(free_Rg.clamp_(0, grid.top), grid), near_Rg))
 

@@ -24,7 +24,7 @@ from bitpress.engine.methods.quantize.pipeline import (
     search_grid,
     to_groups,
 )  # fmt: skip
-from bitpress.engine.methods.quantize.refine import Target, refine
+from bitpress.engine.methods.quantize.refine import refine, target_of
 from bitpress.engine.recipe import BITS, Scheme, WeightScheme
 
 
@@ -113,19 +113,13 @@ class Gptq(LinearMethod):
         pruned = scheme.sparsity is not None and scheme.sparsity.ratio > 0
         keep_NK = weight_NK != 0 if pruned else None
         codes = round_in_order(weight_NK, order_K, factor.upper_KK, grids, keep_NK)
-        codes = refine(floating(codes, weights), Target(weight_NK, damped(gram_KK, options.damping)), weights, options.rounds, keep_NK)
+        codes = refine(floating(codes, weights), target_of(weight_NK, gram_KK, options.damping), weights, options.rounds, keep_NK)
         return Outcome(dequantize_groups(codes, weights), codes, notes=factor.notes)
 
 
 def floating(codes: Codes, scheme: WeightScheme) -> Codes:
     """The same codes, whole zeros kept as floats where the scheme has those."""
     return codes if scheme.zero == "integer" or codes.zeros_NG is None else codes._replace(zeros_NG=codes.zeros_NG.to(SCALE_DTYPE))
-
-
-def damped(gram_KK: Tensor, damping: float) -> Tensor:
-    """Second moments with a share of their mean on the diagonal, float32 [K, K]."""
-    diagonal_K = gram_KK.diagonal()
-    return (gram_KK + torch.diag(diagonal_K.mean() * damping + (diagonal_K <= 0))).float()
 
 
 class Grids:

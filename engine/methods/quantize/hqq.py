@@ -19,6 +19,7 @@ from bitpress.engine.methods.quantize.pipeline import (
     from_groups,
     group_range,
     make_grid,
+    nearest,
     quantize_groups,
     stored_zero,
     to_groups,
@@ -85,11 +86,6 @@ def start_grid(groups: Tensor, real: Tensor, scheme: WeightScheme) -> Grid:
     # A group of equal weights has no range: one step of their own size, from 0, holds them.
     scale = torch.where(flat, torch.where(low.abs() > torch.finfo(torch.float32).tiny, low.abs(), 1.0).to(SCALE_DTYPE).float(), scale)
     return Grid(scale, stored_zero(torch.where(flat, (low < 0).float(), -low / scale), scheme), top)
-
-
-def nearest(groups: Tensor, grid: Grid) -> Tensor:
-    """Codes of the nearest levels. A zero that is no level itself is added before rounding."""
-    return (groups / grid.scale).add_(grid.zero).round_().clamp_(0, grid.top)
 
 
 def solve(groups: Tensor, real: Tensor, grid: Grid, scheme: WeightScheme, options: HqqOptions) -> tuple[Tensor, Grid]:

@@ -15,9 +15,11 @@ from bitpress.engine.methods.base import Outcome, Statistics
 from bitpress.engine.methods.obs import factorise, keeping, sweep
 from bitpress.engine.methods.quantize.binary import shares_of, signs
 from bitpress.engine.methods.quantize.pipeline import ClipSearch, Grid, codes_on, dequantize_groups, from_groups, search_grid, to_groups
+from bitpress.engine.methods.quantize.refine import Target, refine, zeros_of
 from bitpress.engine.recipe import WeightScheme
 
 DAMPING = 0.01  # GPTQ's
+REACH = 0.45  # of a step: how far from its level a weight may start
 
 
 def searched_grid(weight_NK: Tensor, scheme: WeightScheme, importance_K: Tensor | None) -> Grid:
@@ -53,6 +55,19 @@ def compensated(weight_NK: Tensor, group_size: int, levels_NGL: Tensor, stats: S
     factor = factorise(stats["gram"], DAMPING)
     sweep(weight_NK, factor.upper_KK, choose, rounding=round_column)
     return Compensated(seen_KN.t().contiguous(), factor.notes)
+
+
+def mended(seen_NK: Tensor, grid: Grid, scheme: WeightScheme, target: Target, rounds: int) -> tuple[Tensor, Grid]:
+    """The start of a training after codes and grids were mended in turn: weights that round to the new codes, and their grid, [R, 1] each.
+
+    A weight keeps its place between levels where it still rounds to its code; one whose code changed is put just inside that code's reach.
+    """
+    codes = codes_on(to_groups(seen_NK, scheme.group_size).flatten(0, 1), grid, scheme, seen_NK.shape)
+    codes = refine(codes, target, scheme, rounds, target.weight_NK != 0 if scheme.zero == "integer" else None)
+    reach_NG1 = codes.scales_NG.float().unsqueeze(-1) * REACH
+    made, seen = (to_groups(matrix, scheme.group_size) for matrix in (dequantize_groups(codes, scheme), seen_NK))
+    kept_NK = from_groups(torch.minimum(torch.maximum(seen, made - reach_NG1), made + reach_NG1), seen_NK.shape)
+    return kept_NK.contiguous(), Grid(codes.scales_NG.float().view(-1, 1), zeros_of(codes, scheme).view(-1, 1), grid.top)
 
 
 def uniform_levels(grid: Grid, rows: int) -> Tensor:

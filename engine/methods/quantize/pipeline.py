@@ -88,6 +88,11 @@ def encode(groups: Tensor, grid: Grid) -> Tensor:
     return (groups / grid.scale).round_().add_(grid.zero).clamp_(0, grid.top)
 
 
+def nearest(groups: Tensor, grid: Grid) -> Tensor:
+    """Codes of the nearest levels. A zero that is no level itself is added before rounding."""
+    return (groups / grid.scale).add_(grid.zero).round_().clamp_(0, grid.top)
+
+
 def decode(codes: Tensor, grid: Grid) -> Tensor:
     """What codes stand for."""
     return (codes - grid.zero).mul_(grid.scale)
@@ -135,9 +140,10 @@ def _quantize_rows(weight_NK: Tensor, scheme: WeightScheme, clip: ClipSearch | N
 
 
 def codes_on(groups: Tensor, grid: Grid, scheme: WeightScheme, shape: Sequence[int]) -> Codes:
-    """The nearest codes of a matrix of `shape`, as they are stored. groups, grid: [N, G, ...] or [N * G, ...]; zeros whole."""
-    codes_NK = from_groups(encode(groups, grid).to(torch.uint8), shape).contiguous()
-    zeros_NG = None if scheme.symmetric else grid.zero.reshape(shape[0], -1).to(torch.uint8)
+    """The nearest codes of a matrix of `shape`, as they are stored. groups, grid: [N, G, ...] or [N * G, ...]; zeros as the scheme has them."""
+    whole = scheme.symmetric or scheme.zero == "integer"
+    codes_NK = from_groups((encode if whole else nearest)(groups, grid).to(torch.uint8), shape).contiguous()
+    zeros_NG = None if scheme.symmetric else grid.zero.reshape(shape[0], -1).to(torch.uint8 if whole else SCALE_DTYPE)
     return Codes(codes_NK, grid.scale.reshape(shape[0], -1).to(SCALE_DTYPE), zeros_NG)
 
 

@@ -25,6 +25,12 @@ class Target(NamedTuple):
     gram_KK: Tensor
 
 
+def target_of(weight_NK: Tensor, gram_KK: Tensor, damping: float) -> Target:
+    """Dense weights, and second moments with a share of their mean on the diagonal; an input that is always zero counts alone."""
+    diagonal_K = gram_KK.diagonal()
+    return Target(weight_NK, (gram_KK + torch.diag(diagonal_K.mean() * damping + (diagonal_K <= 0))).float())
+
+
 def refine(codes: Codes, target: Target, scheme: WeightScheme, rounds: int, free_NK: Tensor | None = None) -> Codes:
     """Codes of no larger error after so many rounds. free_NK: weights that may differ from zero; None for all."""
     for _ in range(rounds):
