@@ -12,7 +12,10 @@ from bitpress.engine.errors import InputError
 from bitpress.engine.home import presets_dir
 from bitpress.engine.recipe import Recipe
 
-ORDER = ("uniform-8bit", "uniform-4bit", "uniform-3bit", "uniform-2bit", "protect-ends", "attention-light", "sparse-50", "sparse-2-4", "half-the-layers")
+ORDER = (
+    "uniform-8bit", "uniform-4bit", "uniform-3bit", "uniform-2bit", "gptq-4bit", "gptq-3bit", "nf4", "smooth-8bit", "binary-3bit", "trained-2bit",
+    "protect-ends", "attention-light", "sparse-50", "sparse-2-4", "half-the-layers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
