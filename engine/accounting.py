@@ -17,9 +17,12 @@ def layout_of(scheme: Scheme, itemsize: int = 2) -> Layout:
 
     Zeros are left out where that is smaller: two of four (dense values, or uniform codes whose zero is a level), and any
     others (4:8 too) of dense weights above 1/16, which is what a bitmap costs. Codes of weights pruned in no pattern stay codes. A low-rank
-    pair keeps its factors as `rank.factors` says, else as `weights` does.
+    pair keeps its factors as `rank.factors` says, else as `weights` does; beside a rounded matrix they are dense without `rank.factors`.
     """
     sparsity = scheme.sparsity if scheme.sparsity and scheme.sparsity.ratio > 0 else None
+    if scheme.rank is not None and scheme.rank.beside and scheme.weights is not None:
+        factor = _factor_layout(scheme.rank.factors, itemsize)
+        return PairLayout(scheme.rank.keep or 0.0, factor, factor, scheme.rank.rank or 0, base=coded_layout(scheme.weights))
     if scheme.rank is not None:
         factor = _factor_layout(scheme.rank.factors or scheme.weights, itemsize)
         return PairLayout(scheme.rank.keep or 0.0, factor, factor, scheme.rank.rank or 0)
@@ -34,7 +37,7 @@ def layout_of(scheme: Scheme, itemsize: int = 2) -> Layout:
 
 def settled(scheme: Scheme, part: Part, itemsize: int = 2) -> Scheme:
     """The scheme as it is carried out on one matrix: whole where factors would not be stored smaller, else with `weights` those of the factors."""
-    if scheme.rank is None:
+    if scheme.rank is None or scheme.rank.beside:
         return scheme
     rank = scheme.rank.model_copy(update={"factors": None})
     factored = scheme.model_copy(update={"rank": rank, "weights": scheme.rank.factors or scheme.weights})
@@ -190,7 +193,8 @@ def linear_multiplies(recipe: Recipe, anatomy: Anatomy) -> int:
 def _multiplies(part: Part, scheme: Scheme) -> int:
     layout = layout_of(scheme)
     if isinstance(layout, PairLayout):
-        return layout.rank(part.out_features, part.in_features) * (part.out_features + part.in_features)
+        factors = layout.rank(part.out_features, part.in_features) * (part.out_features + part.in_features)
+        return factors + (part.numel if layout.base else 0)
     return part.numel
 
 

@@ -79,7 +79,8 @@ def stored_form(outcome: Outcome, layout: Layout, dtype: torch.dtype) -> PackedT
             return outcome.packed
         case PairLayout(), _ if outcome.factors:
             left, right = (_factor(made, side, dtype) for made, side in zip(outcome.factors, (layout.left, layout.right), strict=True))
-            return pack_pair(left, right, layout)
+            base = pack(*outcome.codes, layout.base) if outcome.codes is not None and isinstance(layout.base, UniformLayout) else None
+            return pack_pair(left, right, layout, base)
         case UniformLayout(), codes if codes is not None:
             return pack(*codes, layout)
         case TwoFourLayout(), codes if codes is not None:

@@ -54,6 +54,7 @@ class RankScheme(Strict):
 
     factors: their own widths, else they are as `weights` says. Where a product would not be smaller than the matrix, the matrix stays whole.
     bias: what the factors lose of the mean output is stored beside them, one number an output.
+    beside: the product is added to the matrix that `weights` rounds, to make up for the rounding; its factors are as `factors` says, else dense.
     latent: above 0 the KV cache holds what is between the factors, so the matrix is factored at any rank, in this many runs of rows by itself.
     """
 
@@ -62,6 +63,7 @@ class RankScheme(Strict):
     factors: WeightScheme | None = None
     latent: Annotated[Whole, Field(ge=0)] = 0
     bias: StrictBool = False
+    beside: StrictBool | None = None
 
     @model_validator(mode="after")
     def _one_size(self) -> "RankScheme":
@@ -150,6 +152,8 @@ def _rank_problems(scheme: Scheme, most: int) -> list[tuple[str, str]]:
     if scheme.rank is None:
         return []
     found = []
+    if scheme.rank.beside and (scheme.weights is None or scheme.weights.format != "uniform"):
+        found.append(("A product beside a matrix makes up for its rounding, and this one is not rounded to uniform codes.", "Set weights, such as bits: 4."))
     if scheme.rank.rank and scheme.rank.rank > most:
         found.append((f"Rank {scheme.rank.rank} is past the {most} that this matrix can have.", f"Use at most {most}, or leave the rank away."))
     if scheme.sparsity and scheme.sparsity.ratio:

@@ -81,7 +81,11 @@ def _choose_pair(layout: PairLayout, shape: tuple[int, int], device: torch.devic
     rank = layout.rank(*shape)
     right = choose(layout.right, (rank, shape[1]), device, dtype, batch)
     left = choose(layout.left, (shape[0], rank), device, dtype, batch)
-    return Choice(PAIR, f"two products through rank {rank}: {right.kernel} ({right.reason}), then {left.kernel} ({left.reason})")
+    words = f"two products through rank {rank}: {right.kernel} ({right.reason}), then {left.kernel} ({left.reason})"
+    if layout.base:
+        base = choose(layout.base, shape, device, dtype, batch)
+        words = f"{base.kernel} ({base.reason}), and {words}"
+    return Choice(PAIR, words)
 
 
 def _choose_uniform(layout: UniformLayout, shape: tuple[int, int], device: torch.device | str, dtype: torch.dtype, batch: int) -> Choice:

@@ -31,7 +31,8 @@ class PackedTensor:
       binary   "planes" uint8 [N, bits, ceil(K / 8)], "alphas" bfloat16 [N, G, bits], "shifts" bfloat16 [N, G]
       bitmap   "bitmap" uint8 [N, ceil(K / 8)], "values" [kept], row after row
       2:4      "places" uint8 [N, ceil(K / 8)], and the tensors of the values' own layout with "values_" before their names
-      pair     the tensors of both factors with "left_" and "right_" before their names; those of the right one have r rows
+      pair     the tensors of both factors with "left_" and "right_" before their names; those of the right one have r rows; those of a matrix
+               to which they are added with "base_"
       dense    "weight" [N, K]
     """
 
@@ -72,6 +73,8 @@ class PackedTensor:
         """A matrix inside this one: the `values` of a 2:4 matrix, the `left` or `right` factor of a pair. Shares the storage."""
         layout, (rows, columns) = self.layout, self.shape
         tensors = {key.removeprefix(f"{name}_"): tensor for key, tensor in self.tensors.items() if key.startswith(f"{name}_")}
+        if isinstance(layout, PairLayout) and name == "base" and layout.base:
+            return PackedTensor(layout.base, self.shape, tensors)
         if isinstance(layout, PairLayout):
             rank = next(len(tensor) for key, tensor in self.tensors.items() if key.startswith("right_"))
             return PackedTensor(layout.left, (rows, rank), tensors) if name == "left" else PackedTensor(layout.right, (rank, columns), tensors)

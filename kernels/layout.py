@@ -140,7 +140,8 @@ FactorLayout = UniformLayout | DenseLayout | TableLayout | BinaryLayout
 class PairLayout:
     """A matrix as a product of two: left (N, r) times right (r, K), each in a layout of its own.
 
-    keep: share of the break-even rank. exact: the rank itself where it is not 0, and keep says nothing.
+    keep: share of the break-even rank. exact: the rank itself where it is not 0, and keep says nothing. base: a matrix (N, K) to which the
+    product is added, if there is one.
     """
 
     keep: float
@@ -148,6 +149,7 @@ class PairLayout:
     right: FactorLayout
     exact: int = 0
     name: str = "pair"
+    base: FactorLayout | None = None
 
     def rank(self, out_features: int, in_features: int) -> int:
         """r for an (out_features, in_features) matrix: the share of NK / (N + K), rounded down, at least 1 (METHODS 17.1)."""
@@ -156,9 +158,10 @@ class PairLayout:
         return max(1, floor(self.keep * out_features * in_features / (out_features + in_features) + NEAR))
 
     def nbytes(self, out_features: int, in_features: int) -> int:
-        """Stored bytes of both factors."""
+        """Stored bytes of both factors and of what they are added to."""
         rank = self.rank(out_features, in_features)
-        return self.left.nbytes(out_features, rank) + self.right.nbytes(rank, in_features)
+        beside = self.base.nbytes(out_features, in_features) if self.base else 0
+        return beside + self.left.nbytes(out_features, rank) + self.right.nbytes(rank, in_features)
 
 
 Layout = UniformLayout | DenseLayout | TableLayout | BinaryLayout | BitmapLayout | TwoFourLayout | PairLayout
@@ -188,7 +191,7 @@ def words_of(layout: Layout) -> str:
             return f"2:4, {words_of(layout.values)}"
         case PairLayout():
             size = f"rank {layout.exact}" if layout.exact else f"low rank {layout.keep:g}"
-            return f"{size}, factors {words_of(layout.left)}"
+            return f"{f'{words_of(layout.base)}, beside it ' if layout.base else ''}{size}, factors {words_of(layout.left)}"
     return f"dense, {8 * layout.itemsize} bits"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bitpress.kernels import cpu, cpu_coded, cpu_lowbit, dispatch, gpu_choice, gpu_ops
 from bitpress.kernels.activations import quantize_rows
 from bitpress.kernels.formats import PackedTensor, concat
-from bitpress.kernels.layout import words_of
+from bitpress.kernels.layout import PairLayout, words_of
 
 
 class Form(Protocol):
@@ -185,23 +185,26 @@ def fuse(linears: Sequence[PackedLinear]) -> PackedLinear:
 
 @dataclass(frozen=True)
 class PairForm:
-    """A low-rank matrix as two layers on its own storage."""
+    """A low-rank matrix as two layers on its own storage, beside a third where their product is added to one."""
 
     left: PackedLinear
     right: PackedLinear
+    base: PackedLinear | None = None
 
     def matmul(self, x_MK: Tensor) -> Tensor:
         """x_MK: any float type. Returns [M, N] in its type."""
-        return self.left(self.right(x_MK))
+        product_MN = self.left(self.right(x_MK))
+        return product_MN if self.base is None else self.base(x_MK) + product_MN
 
     @property
     def nbytes(self) -> int:
         """Bytes held beside the stored ones."""
-        return self.left.resident_bytes - self.left.stored_bytes + self.right.resident_bytes - self.right.stored_bytes
+        return sum(layer.resident_bytes - layer.stored_bytes for layer in (self.left, self.right, self.base) if layer is not None)
 
 
 def _pair_form(packed: PackedTensor) -> PairForm:
-    return PairForm(PackedLinear(packed.part("left")), PackedLinear(packed.part("right")))
+    base = PackedLinear(packed.part("base")) if isinstance(packed.layout, PairLayout) and packed.layout.base else None
+    return PairForm(PackedLinear(packed.part("left")), PackedLinear(packed.part("right")), base)
 
 
 FORMS: dict[str, Callable[[PackedTensor], Form]] = {

@@ -32,7 +32,8 @@ def random_packed(shape: tuple[int, int], layout: Layout) -> PackedTensor:
             return _two_four(shape, layout, values)
         case PairLayout():
             rank = layout.rank(*shape)
-            return pack_pair(random_packed((shape[0], rank), layout.left), random_packed((rank, shape[1]), layout.right), layout)
+            base = random_packed(shape, layout.base) if layout.base else None
+            return pack_pair(random_packed((shape[0], rank), layout.left), random_packed((rank, shape[1]), layout.right), layout, base)
     return dense(torch.randn(shape).to(torch.bfloat16 if layout.itemsize == 2 else torch.float32))
 
 

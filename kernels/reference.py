@@ -25,7 +25,8 @@ def _values(packed: PackedTensor, exact: torch.dtype) -> Tensor:
         case TwoFourLayout():
             return spread(_values(packed.part("values"), exact), packed)
         case PairLayout():
-            return _values(packed.part("left"), exact) @ _values(packed.part("right"), exact)
+            product_NK = _values(packed.part("left"), exact) @ _values(packed.part("right"), exact)
+            return product_NK + _values(packed.part("base"), exact) if packed.layout.base else product_NK
         case TableLayout():
             return _table(packed, exact)
         case BinaryLayout():

@@ -21,6 +21,7 @@ class Ability(BaseModel):
     factors: bool = True  # whether it can be given each factor of a low-rank matrix, where it gives weights
     latent: bool = False  # low rank of those matrices only whose middle the KV cache holds
     bias: bool = False  # whether it gives the bias that a rank can ask for
+    beside: bool = False  # low rank beside a rounded matrix only, which it rounds itself
     also: Literal["weights"] | None = None  # a second part, given in the same pass unless a later stage gives it
 
     @property
@@ -34,10 +35,12 @@ class Ability(BaseModel):
         if self.part not in asked:
             return False
         if self.part == "weights":
-            return scheme.weights is not None and self._makes(scheme.weights) and (self.factors or scheme.rank is None)
+            alone = scheme.rank is None or (self.beside if scheme.rank.beside else self.factors)
+            return scheme.weights is not None and self._makes(scheme.weights) and alone
         if self.part == "sparsity":
             return scheme.sparsity is not None and scheme.sparsity.pattern in self.patterns
-        return scheme.rank is not None and (not self.latent or scheme.rank.latent > 0) and (self.bias or not scheme.rank.bias)
+        fits = scheme.rank is not None and self.beside == bool(scheme.rank.beside)
+        return fits and scheme.rank is not None and (not self.latent or scheme.rank.latent > 0) and (self.bias or not scheme.rank.bias)
 
     def also_satisfies(self, scheme: Scheme) -> bool:
         """True when the scheme asks for the second part with a value that the method has."""
