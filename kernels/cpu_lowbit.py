@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitpress.kernels import cpu_build
 from bitpress.kernels.formats import PackedTensor, unpack_codes
-from bitpress.kernels.pages import on_large_pages
+from bitpress.kernels.pages import together
 
 TILE, CHUNK, QUADS = 16, 32, 8
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
@@ -87,7 +87,8 @@ def tile(codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bits: int
     by_tile = codes.view(-1, abreast, TILE, padded // CHUNK, QUADS, 4)
     quads = by_tile.permute(0, 3, 1, 4, 2, 5).reshape(-1, abreast * padded // CHUNK, QUADS, TILE * 4)
     zeros = None if zeros_NG is None else _by_tile(zeros_NG if zeros_NG.dtype == torch.bfloat16 else zeros_NG.to(torch.uint8))
-    return Tiles(on_large_pages(_planes(quads, bits)), _by_tile(scales_NG.to(torch.bfloat16)), zeros, bits, group, (outputs, inputs))
+    made = Tiles(_planes(quads, bits), _by_tile(scales_NG.to(torch.bfloat16)), zeros, bits, group, (outputs, inputs))
+    return made.moved(together(made.parts))
 
 
 def _by_tile(values_NG: Tensor) -> Tensor:

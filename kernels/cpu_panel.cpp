@@ -54,18 +54,19 @@ template <int MB> int some_rows(const Product &p, const uint32_t *panel, int til
 // decode(tile, column of the panel): writes one tile's words, PANEL apart from pair to pair.
 template <class Decode> void multiply(const Product &p, const Decode &decode) {
     thread_local std::vector<uint16_t> room;
-    room.assign(size_t(p.rows) * p.padded(), 0);
     std::vector<const uint32_t *> rows(p.rows);
+    const bool whole = p.inputs == p.padded();  // rows that end with a chunk are met where they are
+    if (!whole) room.assign(size_t(p.rows) * p.padded(), 0);
     for (int m = 0; m < p.rows; m++) {
-        uint16_t *row = &room[size_t(m) * p.padded()];
-        std::memcpy(row, static_cast<const uint16_t *>(p.x) + size_t(m) * p.inputs, 2 * size_t(p.inputs));
+        const uint16_t *row = static_cast<const uint16_t *>(p.x) + size_t(m) * p.inputs;
+        if (!whole) row = static_cast<const uint16_t *>(std::memcpy(&room[size_t(m) * p.padded()], row, 2 * size_t(p.inputs)));
         rows[m] = reinterpret_cast<const uint32_t *>(row);
     }
     const uint32_t *const *x = rows.data();
 #pragma omp parallel for schedule(dynamic) num_threads(p.threads) if (p.threads > 1)
     for (int tile = 0; tile < p.tiles(); tile += 2) {
         thread_local std::vector<uint32_t> space;
-        space.assign(size_t(p.padded()) / 2 * PANEL + 16, 0);
+        space.resize(size_t(p.padded()) / 2 * PANEL + 16);
         uint32_t *panel = reinterpret_cast<uint32_t *>((reinterpret_cast<uintptr_t>(space.data()) + 63) / 64 * 64);
         decode(tile, panel);
         if (tile + 1 < p.tiles()) decode(tile + 1, panel + TILE);

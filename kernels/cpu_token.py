@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bitpress.kernels import cpu_build, cpu_lowbit, dispatch
 from bitpress.kernels.cpu_cache import CacheSide
 from bitpress.kernels.packed import PackedEmbedding, PackedLinear
-from bitpress.kernels.pages import together
+from bitpress.kernels.pages import LEAST, together
 from bitpress.kernels.rows import DenseRows, PackedRows, Rows, SeparateRows
 
 DENSE_BITS, MOST = 16, (3, 1, 2, 1)  # matrices of a block: q k v, output, gate up, down
@@ -122,7 +122,8 @@ def _sizes(cache: Tensor, heads: int) -> tuple[int, int, int, int]:
 
 
 def _settle(linears: Sequence[PackedLinear]) -> None:
-    """Lay the matrices of a step side by side in memory, in the order in which it reads them."""
+    """Lay the matrices of a step side by side in memory, in the order in which it reads them; large ones have pages of their own."""
+    linears = [linear for linear in linears if _tiles(linear).nbytes < LEAST]
     tiles = [_tiles(linear) for linear in linears]
     moved = iter(together([part for each in tiles for part in each.parts]))
     for linear, each in zip(linears, tiles, strict=True):

@@ -13,32 +13,35 @@ from torch import Tensor
 
 LINE = 64
 PAGE = 2 << 20
-LEAST = 2 * PAGE  # a smaller tensor may not hold one whole page
+LEAST = 2 * PAGE  # fewer bytes may not hold one whole page
 ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
 def on_large_pages(values: Tensor) -> Tensor:
     """The same values, copied to large pages when there is enough of them and the system offers such pages."""
-    if ADVICE is None or values.device.type != "cpu" or values.nbytes < LEAST:
-        return values
-    room = mmap.mmap(-1, values.nbytes + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # fresh: the first write makes a page
-    try:
-        room.madvise(ADVICE)
-    except OSError:
-        return values
-    bytes_ = torch.frombuffer(room, dtype=torch.uint8)
-    start = -bytes_.data_ptr() % PAGE
-    return bytes_[start : start + values.nbytes].view(values.dtype).view(values.shape).copy_(values)
+    return together([values])[0]
 
 
 def together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensors as parts of one stretch of large pages; those large enough for pages of their own stay as they are."""
-    small = [tensor for tensor in tensors if tensor.nbytes < LEAST]
-    starts = [0, *accumulate(tensor.nbytes + -tensor.nbytes % LINE for tensor in small)]
-    room = on_large_pages(torch.zeros(starts[-1], dtype=torch.uint8))
-    places = iter(starts)
-    return [_part(room, next(places), tensor) if tensor.nbytes < LEAST else tensor for tensor in tensors]
+    """The same tensors as parts of one stretch, of large pages where there is enough of it."""
+    starts = [0, *accumulate(tensor.nbytes + -tensor.nbytes % LINE for tensor in tensors)]
+    room = large_room(starts[-1])
+    return [_part(room, start, tensor) for start, tensor in zip(starts, tensors, strict=False)] if room is not None else list(tensors)
 
 
 def _part(room: Tensor, start: int, tensor: Tensor) -> Tensor:
     return room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def large_room(nbytes: int) -> Tensor | None:
+    """Fresh bytes on large pages; None for too few, or where the system has no such pages."""
+    if ADVICE is None or nbytes < LEAST:
+        return None
+    room = mmap.mmap(-1, nbytes + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # the first write makes a page
+    try:
+        room.madvise(ADVICE)
+    except OSError:
+        return None
+    bytes_ = torch.frombuffer(room, dtype=torch.uint8)
+    start = -bytes_.data_ptr() % PAGE
+    return bytes_[start : start + nbytes]
