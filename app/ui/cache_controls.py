@@ -3,6 +3,7 @@
 import streamlit as st
 
 from bitpress.app import edits, state
+from bitpress.app.ui.cache_view import cache_forms
 from bitpress.app.ui.controls import on_edit
 from bitpress.app.ui.numbers import file_size
 from bitpress.engine.accounting import cache_bytes
@@ -30,6 +31,7 @@ def cache_controls(anatomy: Anatomy) -> None:
     )  # fmt: skip
     tokens = st.select_slider("Context, tokens", lengths(anatomy.context), key="cache-context")
     st.caption(cache_words(recipe, anatomy, tokens))
+    cache_forms(anatomy, tokens)
 
 
 def cache_state(recipe: Recipe) -> tuple[int, int]:

@@ -18,7 +18,7 @@ STATE_WORDS = {
 }  # fmt: skip
 KIND_WORDS = {
     "compress": "Compress", "measure": "Measure", "sensitivity": "Sensitivity", "inspect": "Inspect",
-    "install": "Fetch", "generate": "Generate", "desk": "Desk", "sweep": "Sweep", "ranks": "Ranks",
+    "install": "Fetch", "generate": "Generate", "desk": "Desk", "sweep": "Sweep", "ranks": "Ranks", "caches": "Caches",
 }  # fmt: skip
 MAIN_KINDS = ("compress", "measure", "sensitivity", "sweep")
 

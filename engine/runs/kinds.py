@@ -175,6 +175,20 @@ def ranks(task: Task) -> None:
     task.write("result.json", {"recipe": found.to_dict(), "trials": trials})
 
 
+def caches(task: Task) -> None:
+    """Measure the forms that a KV cache can have, side by side. Args: `model`, `contexts` (tokens; powers of four up to the model's own)."""
+    from bitpress.engine.cache_bench import measure_caches
+    from bitpress.engine.cache_forms import forms
+    from bitpress.engine.measure.measure import windows_for
+
+    entry, loaded = library.find(task.args["model"]), _loaded(task, task.args["model"])
+    longest = loaded.anatomy.context
+    contexts = task.args.get("contexts") or sorted({*(length for length in (512, 2048, 8192) if length < longest), min(longest, 8192)})
+    ids_NT = windows_for(loaded, entry, Measure(tier="quick")).ids_NT
+    plans = forms(loaded.anatomy, library.stats_dir(task.args["model"]))
+    task.write("result.json", measure_caches(loaded, plans, ids_NT, contexts, task.emit, task.should_stop))
+
+
 def sweep(task: Task) -> None:
     """Try many recipes, each a run of its own in the queue. Args: `plan` (see `sweep.SweepPlan`), `model`. Says `trial` after each."""
     from bitpress.engine.runs.sweep_job import Sweep
@@ -254,6 +268,6 @@ def desk(task: Task) -> None:
 
 KINDS: dict[str, Callable[[Task], None]] = {
     "compress": compress, "measure": measure, "sensitivity": sensitivity, "ranks": ranks, "inspect": inspection, "install": installation,
-    "generate": generation, "desk": desk, "sweep": sweep,
+    "generate": generation, "desk": desk, "sweep": sweep, "caches": caches,
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bitpress.engine.accounting import cache_bytes, removed_share
+from bitpress.engine.cache_bench import step_times
 from bitpress.engine.calibration_set import CalibrationSet, calibration_set
 from bitpress.engine.compress import compress
 from bitpress.engine.decode import Decoder
@@ -165,40 +166,19 @@ def step_rows(loaded: Loaded, asked: argparse.Namespace) -> Iterator[dict[str, A
     Factors are those of plain SVD throughout: what a step costs depends on their shapes only.
     """
     for context in asked.context:
-        room = min(context, loaded.anatomy.context - asked.steps) if loaded.anatomy.context else context
-        decoders, sizes = {"dense": Decoder(loaded.model, None, room + asked.steps)}, {}
+        room = min(context, loaded.anatomy.context - asked.steps - 1) if loaded.anatomy.context else context
+        decoders = {"dense": Decoder(loaded.model, None, room + asked.steps + 1)}
         for entrant, _, cache in caches(loaded, asked.cache_keep, room):
             if entrant in (asked.entrants or SPEED):
                 plan = recipe(asked.model, kv_cache=cache, stages=[{"method": "lorc"}] if "rank" in cache else [])
-                decoders[entrant] = Decoder(compress(loaded, plan).model, None, room + asked.steps)
-        for entrant, decoder in decoders.items():
-            fill(decoder, room)
-            sizes[entrant] = decoder.cache_bytes
-        times: dict[str, list[float]] = {entrant: [] for entrant in decoders}
-        for _ in range(asked.steps):
-            for entrant, decoder in decoders.items():
-                began = time.perf_counter()
-                decoder.step(5)
-                times[entrant].append(1000 * (time.perf_counter() - began))
+                decoders[entrant] = Decoder(compress(loaded, plan).model, None, room + asked.steps + 1)
+        times = step_times(decoders, room, asked.steps)
+        sizes = {entrant: decoder.cache_bytes for entrant, decoder in decoders.items()}
         for entrant, taken in times.items():
             p10, median = sorted(taken)[len(taken) // 10], statistics.median(taken)
             ratio = statistics.median(one / other for one, other in zip(times["dense"], taken, strict=True))
             row = {"entrant": entrant, "context": room, "cache_bytes": sizes[entrant], "share": sizes[entrant] / sizes["dense"]}
             yield {**row, "step_ms": median, "p10_ms": p10, "tokens_per_s": 1000 / median, "faster": ratio}
-
-
-def fill(decoder: Decoder, context: int) -> None:
-    """Put noise in the place of so many tokens: what a step costs does not depend on what they are."""
-    loop: Any = decoder._loop
-    decoder.extend([1, 2, 3])
-    loop.position = context
-    if not hasattr(loop, "sides"):
-        loop.cache.normal_()
-        return
-    for side in (side for pair in loop.sides for side in pair):
-        noise = torch.randn(512, side.width).bfloat16()
-        for start in range(0, context - 3, 512):
-            side.rows.append(noise[: context - 3 - start])
 
 
 def table(kind: str, rows: list[dict[str, Any]]) -> str:
