@@ -69,6 +69,10 @@ class LatencyTable:
         seconds, stored = of_layout[n, k]
         return seconds * layout.nbytes(rows, columns) / stored
 
+    def knows(self, layout: Layout) -> bool:
+        """Whether this very layout was timed, so that no other stands for it."""
+        return bool(self.timed.get(layout))
+
     def _like(self, layout: Layout) -> Layout:
         """The timed layout that stands for this one: itself, else the least uniform width above it, else dense."""
         if layout in self.timed:

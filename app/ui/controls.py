@@ -12,8 +12,10 @@ import streamlit as st
 from bitpress.app import edits, state
 from bitpress.app.ui.layer_map import select, selected
 from bitpress.app.ui.overlays import bits_of, selection_parts
+from bitpress.app.ui.zeros_note import zeros_note
 from bitpress.engine.accounting import break_even, part_rank
 from bitpress.engine.errors import BitpressError
+from bitpress.engine.latency_table import kept_table
 from bitpress.engine.model.anatomy import ATTENTION_ROLES, MLP_ROLES, Anatomy
 from bitpress.engine.recipe import BITS, PATTERNS, Recipe, Scheme
 
@@ -154,11 +156,20 @@ def sparsity_controls(anatomy: Anatomy, schemes: Mapping[str, Scheme]) -> None:
         mixed = " · now mixed" if len(ratios) > 1 else ""
         st.slider(
             f"Zeros in {words}, %{mixed}", 0, 90, step=round(100 * GRID), key="zeros", on_change=on_edit("zeros", slide),
-            help="Share of weights set to zero. Stored dense until a format stores them smaller: 0 % smaller, and the card says so.",
+            help="Share of weights set to zero. Below says what that brings in bytes and, where this machine was timed, in speed.",
         )  # fmt: skip
     with right:
         help_text = "2:4 zeroes two of every four neighbours, 4:8 four of every eight."
         st.segmented_control("Pattern", PATTERNS, key="zeros-pattern", on_change=on_edit("zeros-pattern", change), help=help_text)
+    _zeros_note(pattern, anatomy, schemes)
+
+
+def _zeros_note(pattern: str, anatomy: Anatomy, schemes: Mapping[str, Scheme]) -> None:
+    """What the zeros bring: of the largest matrix among those selected that has any."""
+    names = [name for name in edits.covered(pattern, anatomy) if name in schemes and schemes[name].sparsity]
+    if names:
+        part = max((anatomy.by_name[name] for name in names), key=lambda part: (part.numel, part.name))
+        st.caption(zeros_note(schemes[part.name], part, kept_table()))
 
 
 def rank_controls(anatomy: Anatomy, schemes: Mapping[str, Scheme]) -> None:

@@ -96,6 +96,7 @@ def test_a_group_is_chosen_by_name(open_page: Callable[..., AppTest], anatomy: A
     schemes = recipe_of(app).resolve(anatomy)
     assert schemes["model.layers.1.mlp.up_proj"].sparsity.ratio == 0.3
     assert schemes[TINY].sparsity is None
+    assert any("No kernel makes this pattern faster here" in caption.value for caption in app.caption)  # codes with zeros anywhere stay codes
     app.button_group(key="zeros-pattern").set_value("2:4").run()
     assert recipe_of(app).resolve(anatomy)["model.layers.1.mlp.up_proj"].sparsity.pattern == "2:4"
 
