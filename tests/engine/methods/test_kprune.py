@@ -14,9 +14,9 @@ from bitpress.engine.methods import registry
 from bitpress.engine.methods.prune.kprune import Knowledge, KPruneOptions, shares
 from bitpress.engine.methods.prune.kwon import rearranged
 from bitpress.engine.methods.prune.mope import Trial
-from bitpress.engine.methods.structured import StructuredOptions, Units
+from bitpress.engine.methods.structured import StructuredOptions, Units, remove_bottom_up
 from bitpress.engine.model.load import Loaded
-from bitpress.engine.model.surgery import get, linear_weight
+from bitpress.engine.model.surgery import get, linear_weight, twin
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.scene import Scene
 from bitpress.engine.sublayers import Key, Stream, drawn_loss, feature_moments, knowledge_loss, mask_gradients, task_loss
@@ -122,6 +122,21 @@ def test_k_prune_keeps_the_budget_and_repairs_more_than_slicing(in_memory: Build
     assert drift() < 0.8 * drift(repair="none")
 
 
+def test_a_fit_after_one_head_brings_the_stream_nearer(scene: Scene) -> None:
+    """The second of two key-value heads of block 1 goes; what the attention then adds is compared with what the teacher's did."""
+    teacher, key, errors = Stream(twin(scene.model), scene), Key(1, "heads"), {}
+    teacher.move(teacher.through(0))
+    wanted = teacher.catch(1).added["heads"][0]
+    for how in ("none", "least_squares"):
+        trial = Scene(scene.loaded, scene.recipe, IDS)
+        own = Units(trial, KPruneOptions())
+        remove_bottom_up(trial, own, lambda at, *_, own=own: [0] if at == key else list(range(own.count(at))), how)
+        student = Stream(trial.model, trial)
+        student.move(student.through(0))
+        errors[how] = float((student.catch(1).added["heads"][0] - wanted).square().mean())
+    assert 0 < errors["least_squares"] < 0.9 * errors["none"]
+
+
 def test_keeping_everything_changes_nothing(in_memory: Build) -> None:
     loaded = in_memory("llama")
     before = loaded.model(input_ids=IDS).logits
@@ -181,6 +196,17 @@ def test_a_score_from_cached_prefixes_is_that_of_the_whole_model(scene: Scene) -
     down.weight = torch.nn.Parameter(weight, requires_grad=False)
     assert found == pytest.approx(float(loss_of(scene.model) - whole), abs=1e-4)
     assert scorer_of(scene.model).vocab == 320
+
+
+def test_errors_of_modules_are_not_taken_to_add_up(scene: Scene) -> None:
+    """Every module is tried alone against the whole model: what two cost together is measured as such, and is another number."""
+    trial = Trial(scene, IDS)
+    trial.stand_at(1)
+    key, parts = Key(1, "neurons"), torch.arange(128).tensor_split(2)
+    alone = [trial.error_without(key, part) for part in parts]
+    together = trial.error_without(key, torch.arange(128))
+    assert abs(together - sum(alone)) > 1e-6
+    assert alone == [trial.error_without(key, part) for part in parts]
 
 
 @pytest.mark.parametrize("order", ["width first", "depth first"])
