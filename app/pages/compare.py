@@ -178,14 +178,17 @@ def _open(run_id: str) -> None:
 
 
 def differences(entries: Sequence[view.Entry], base: view.Entry | None, everything: Sequence[view.Entry]) -> None:
-    """Parallel coordinates, the layers of two runs, and the same prompt by several."""
-    lines, layers, texts = st.tabs(["All figures at once", "Layers of two runs", "Same prompt"])
-    with lines:
-        charts.parallel(entries)
-    with layers:
-        layer_difference(everything)
-    with texts:
-        same_prompt(entries)
+    """Parallel coordinates, small panels, the layers of two runs, and the same prompt by several."""
+    draws = {
+        "All figures at once": lambda: charts.parallel(entries),
+        "Figure by figure": lambda: charts.small_multiples(entries, base),
+        "Layers of two runs": lambda: layer_difference(everything),
+        "Same prompt": lambda: same_prompt(entries),
+    }
+    for tab, draw in zip(st.tabs(list(draws), key="views", on_change="rerun", bind="query-params"), draws.values(), strict=True):
+        if tab.open:  # what is not looked at is not drawn: each costs a page of many runs its quickness
+            with tab:
+                draw()
 
 
 def layer_difference(entries: Sequence[view.Entry]) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
+from plotly.subplots import make_subplots
 
 from bitpress.app.ui import charts
-from bitpress.app.ui.compare_view import QUANTITIES, SHORT, Entry, heading, title_of
+from bitpress.app.ui.compare_view import PROTOCOL_BOUND, QUANTITIES, SHORT, Entry, front, heading, placed, title_of
 from bitpress.app.ui.numbers import amount, counted
 from bitpress.app.ui.theme import ACCENT, DENSE_COLOUR
 
@@ -16,6 +17,7 @@ BETTER, WORSE = "#1f68bc", "#bf5a05"
 HEIGHT = 420
 LOG = ("perplexity", "kl", "ttft")
 MOST_STYLED = 1000
+ACROSS, PANEL = 4, 210  # small panels: how many beside each other, and their height
 
 
 def coloured(rows: Mapping[str, Sequence[Any]]) -> Any:
@@ -94,6 +96,48 @@ def parallel(entries: Sequence[Entry]) -> None:
     rows = {"run": [entry.id for entry in entries], "plan": [entry.title for entry in entries]}
     note = "Lower is better on every axis: those where more is better are turned round. Drag along an axis to pick out runs."
     charts.show(chart, "parallel-chart", alt, {**rows, **{heading(name): [entry.figures[name] for entry in entries] for name in names}}, note=note)
+
+
+def small_multiples(entries: Sequence[Entry], base: Entry | None) -> None:
+    """Every other quantity against stored size, a small panel each on one scale of sizes; the front of each is joined, the baseline dashed."""
+    names = [name for name in QUANTITIES if name != "size" and sum(entry.get(name) is not None for entry in entries) > 1]
+    sized = [entry for entry in entries if entry.get("size") is not None]
+    if not names or len(sized) < 2:
+        st.caption("Two runs with a size and one more figure are needed.")
+        return
+    values = ([entry.id for entry in sized], names, base.id if base else "")
+    chart = charts.kept("multiples", values, lambda: _multiples_figure(sized, names, base))
+    titles = ", ".join(QUANTITIES[name].title.lower() for name in names)
+    alt = f"{counted(len(names), 'small panel')} over stored size, for {counted(len(sized), 'run')}: {titles}"
+    rows = {"run": [entry.id for entry in sized], "plan": [entry.title for entry in sized]}
+    figures = {heading(name): [entry.get(name) for entry in sized] for name in ("size", *names)}
+    note = "Stored size across, in MB. Joined: no run is at least as small and better. Dashed: the baseline. Quality is of the commonest text only."
+    charts.show(chart, "multiples-chart", alt, {**rows, **figures}, note=note)
+
+
+def _multiples_figure(entries: Sequence[Entry], names: Sequence[str], base: Entry | None) -> go.Figure:
+    lines = -(-len(names) // ACROSS)
+    chart = make_subplots(lines, ACROSS, shared_xaxes=True, subplot_titles=[heading(name) for name in names], vertical_spacing=0.16 / lines,
+                          horizontal_spacing=0.07)  # fmt: skip
+    for place, name in enumerate(names):
+        row, column = place // ACROSS + 1, place % ACROSS + 1
+        there = placed(entries, "size", name)
+        joined = front(there, "size", name)
+        on_front = {entry.id for entry in joined}
+        behind = [entry for entry in there if entry.id not in on_front]
+        for group, mode, colour, symbol in ((behind, "markers", DENSE_COLOUR, "circle-open"), (joined, "lines+markers", ACCENT, "circle")):
+            chart.add_scatter(
+                x=[entry.figures["size"] for entry in group], y=[entry.figures[name] for entry in group], text=[title_of(entry) for entry in group],
+                mode=mode, marker={"size": 7, "color": colour, "symbol": symbol}, line={"color": colour, "width": 1.5}, row=row, col=column,
+                hovertemplate="%{text}<br>%{x:.4g} MB: %{y:.4g}<extra></extra>",
+            )  # fmt: skip
+        if base is not None and base.get(name) is not None and (name not in PROTOCOL_BOUND or base.protocol == there[0].protocol):
+            chart.add_hline(y=base.figures[name], line={"color": DENSE_COLOUR, "dash": "dash", "width": 1}, row=row, col=column)
+        if name in LOG:
+            chart.update_yaxes(type="log", row=row, col=column)
+    chart.update_layout(height=PANEL * lines, showlegend=False, margin={"l": 8, "r": 8, "t": 30, "b": 8}, hovermode="closest")
+    chart.update_annotations(font_size=13)
+    return chart
 
 
 def _parallel_figure(entries: Sequence[Entry], names: Sequence[str]) -> go.Figure:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 from streamlit.testing.v1 import AppTest
 
+from bitpress.app.ui import compare_charts as charts
 from bitpress.app.ui import compare_view as view
 from bitpress.app.ui.numbers import MINUS
 from bitpress.engine.errors import InputError
@@ -201,6 +202,18 @@ def test_the_knee_opens_its_recipe(open_page: Callable[..., AppTest], make_run: 
     assert any(button.key == "open-knee" for button in app.button)
     app.selectbox(key="y").set_value("size").run()
     assert "two different quantities" in said(app)
+
+
+def test_every_figure_has_a_panel_of_its_own(open_page: Callable[..., AppTest], three: list[Run]) -> None:
+    app = open_page(views="Figure by figure")
+    assert not app.exception
+    assert "Dashed: the baseline" in said(app)
+    entries = view.entries_of(Store().list(kind="compress"))
+    chart = charts._multiples_figure(entries, ["perplexity", "speed"], view.dense_of("tiny-stories", entries))
+    assert [title.text for title in chart.layout.annotations] == ["Perplexity", "Decode speed, tokens/s"]
+    drawn = [trace for trace in chart.data if trace.xaxis == "x"]
+    assert sum(len(trace.x) for trace in drawn) == 3
+    assert len(chart.layout.shapes) == 2
 
 
 @pytest.mark.bench
