@@ -66,9 +66,10 @@ def _stage_form(number: int, stage: Stage, entries: Mapping[str, Any]) -> None:
         key=key,
         format_func=lambda name: entries[name].get("title", name),
         on_change=take_method,
-        help=f"{entry['summary']}\n\n{entry['citation']}",
+        help="\n\n".join(f"**{entries[name].get('title', name)}**: {entries[name].get('use_when') or entries[name]['summary']}" for name in alike),
     )
-    st.caption(explained(entry))
+    st.caption(f"{entry['summary']} {explained(entry)}")
+    st.caption(f"Source: {entry['citation']}")
     properties = entry["options"].get("properties", {})
     if properties:
         with st.expander(f"Options of {entry.get('title', stage.method)}"):

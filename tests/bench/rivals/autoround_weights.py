@@ -15,7 +15,17 @@ if __name__ == "__main__":
     rows = list(ids.split(1))  # the tokens themselves: text would be cut into tokens again, and not into the same ones
     started = time.perf_counter()
     made = AutoRound(
-        model, tokenizer, bits=say.bits, group_size=say.group, sym=False, iters=50, nsamples=len(ids), seqlen=ids.shape[1], device_map="cpu", dataset=rows
+        model,
+        tokenizer,
+        bits=say.bits,
+        group_size=say.group,
+        sym=False,
+        iters=50,
+        nsamples=len(ids),
+        seqlen=ids.shape[1],
+        device_map="cpu",
+        dataset=rows,
+        enable_torch_compile=False,
     ).quantize()
     model = made[0] if isinstance(made, tuple) else made
     hand_back(say, {name: layer.weight for name, layer in linears(model).items()}, time.perf_counter() - started, f"auto-round {version('auto-round')}")
