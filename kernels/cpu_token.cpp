@@ -157,6 +157,7 @@ void bitpress_token(const Block *blocks, int count, const Ends *ends, int id, ui
     uint16_t *added = room.data(), *qkv = added + width, *mixed = qkv + qkv_width, *gate_up = mixed + mixed_width, *gated = gate_up + 2 * ffn, *sums = gated + ffn;
     thread_local CacheRoom kept;
     CacheRoom &cache_room = kept;
+    threads = std::max(1, std::min(threads, width / (2 * TILE)));  // of the narrowest product each has a pair of tiles; more would only wait
     Meeting meeting;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
