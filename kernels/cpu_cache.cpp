@@ -31,18 +31,20 @@ struct Unpacker {
     int bytes;
     explicit Unpacker(int bits) : mask((1u << bits) - 1), bytes(2 * bits) {
         for (int i = 0; i < TILE; i++) {
-            for (int b = 0; b < 4; b++) order[4 * i + b] = uint8_t(b < 2 ? i * bits / 8 + b : 63);
+            for (int b = 0; b < 4; b++) order[4 * i + b] = uint8_t(b < 2 ? i * bits / 8 + b : 0x80);  // what is above 16 bits is masked
             shift[i] = uint32_t(i * bits % 8);
         }
     }
     Reals operator()(const uint8_t *from, int have) const {
 #if HAS_VNNI
-        const Bytes held = (Bytes)_mm512_zextsi128_si512(_mm_maskz_loadu_epi8(__mmask16((1u << std::min(have, bytes)) - 1), from));
+        const __m128i held = _mm_maskz_loadu_epi8(__mmask16((1u << std::min(have, bytes)) - 1), from);
+        const Words words = (Words)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(held), (__m512i)order);
 #else
         Bytes held{};
         std::memcpy(&held, from, std::min(have, bytes));
+        const Words words = (Words)__builtin_shuffle(held, order);
 #endif
-        return __builtin_convertvector(((Words)__builtin_shuffle(held, order) >> shift) & mask, Reals);
+        return __builtin_convertvector((words >> shift) & mask, Reals);
     }
 };
 
@@ -106,7 +108,9 @@ void read_row(const CacheSide &s, const Unpacker &codes_at, int token, float *ou
         const float low = from_bf16(s.lows[at]), scale = from_bf16(s.scales[at]);
         for (int c = 0, byte = 0; c < s.group && g * s.group + c < s.width; c += TILE, byte += codes_at.bytes) {
             const Reals values = codes_at(s.codes + at * bytes + byte, bytes - byte) * scale + low;
-            std::memcpy(out + g * s.group + c, &values, sizeof(float) * std::min({TILE, s.group - c, s.width - g * s.group - c}));
+            const int there = std::min(s.group - c, s.width - g * s.group - c);
+            if (there >= TILE) lanes(out + g * s.group + c) = values;
+            else std::memcpy(out + g * s.group + c, &values, sizeof(float) * there);
         }
     }
 }
@@ -133,6 +137,29 @@ inline Words paired(Reals even, Reals odd) {
 }
 #endif
 
+#if HAS_VNNI
+// Sixteen rows of at most 32 numbers, `stride` apart, as words with neighbouring rows in neighbouring places.
+inline void transpose(const uint16_t *rows, size_t stride, int width, uint32_t *panel, int pairs) {
+    __m512i r[TILE], t[TILE];
+    const __mmask32 there = width >= 32 ? ~0u : (1u << width) - 1;
+    for (int i = 0; i < TILE; i++) r[i] = _mm512_maskz_loadu_epi16(there, rows + i * stride);
+    for (int i = 0; i < TILE; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    for (int i = 0; i < TILE; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88), t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88), r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88), r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+    for (int p = 0; p < pairs; p++) _mm512_storeu_si512(panel + p * SPAN, r[p]);
+}
+#endif
+
 // Tokens from `first`, at most 32, of a latent as a panel.
 void read_panel(const CacheSide &s, const Unpacker &codes_at, int first, int count, uint32_t *panel, float *row) {
     const int pairs = (s.width + 1) / 2;
@@ -145,6 +172,14 @@ void read_panel(const CacheSide &s, const Unpacker &codes_at, int first, int cou
         return;
     }
     const int old = old_tokens(s);
+#if HAS_VNNI
+    if (first >= old && count == SPAN) {
+        for (int half = 0; half < SPAN; half += HALF)
+            for (int p = 0; p < pairs; p += TILE)
+                transpose(s.recent + size_t(first - old + half) * s.width + 2 * p, s.width, s.width - 2 * p, panel + p * SPAN + half, std::min(TILE, pairs - p));
+        return;
+    }
+#endif
     for (int t = 0; t < SPAN; t++) {
         const uint16_t *held = s.recent + size_t(std::max(0, first + t - old)) * s.width;
         if (t < count && first + t < old) read_row(s, codes_at, first + t, row);
@@ -194,11 +229,58 @@ void turn_keys(float *keys, const float *turns, int half) {
     }
 }
 
-float dot(const float *a, const float *b, int count) {
+inline float total(Reals x) {
+#if HAS_VNNI
+    return _mm512_reduce_add_ps((__m512)x);
+#else
     float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int c = 0; c < count; c++) sum += a[c] * b[c];
+    for (int i = 0; i < TILE; i++) sum += x[i];
     return sum;
+#endif
+}
+
+inline float dot(const float *a, const float *b, int count) {
+    Reals sum{};
+    int c = 0;
+    for (; c + TILE <= count; c += TILE) sum += lanes(const_cast<float *>(a + c)) * lanes(const_cast<float *>(b + c));
+    float rest = total(sum);
+    for (; c < count; c++) rest += a[c] * b[c];
+    return rest;
+}
+
+// Scores of S heads, `seen` apart, of the 32 tokens of a tile (channels, 32).
+template <int S> void score_heads(const float *queries, const float *tile, int channels, int seen, int count, float *scores) {
+    Reals sum[S][2] = {};
+    for (int c = 0; c < channels; c++) {
+        const Reals first = lanes(const_cast<float *>(tile + c * SPAN)), second = lanes(const_cast<float *>(tile + c * SPAN + HALF));
+        for (int h = 0; h < S; h++) sum[h][0] += queries[h * channels + c] * first, sum[h][1] += queries[h * channels + c] * second;
+    }
+    for (int h = 0; h < S; h++) {
+        if (count == SPAN) lanes(scores + size_t(h) * seen) = sum[h][0], lanes(scores + size_t(h) * seen + HALF) = sum[h][1];
+        else std::memcpy(scores + size_t(h) * seen, sum[h], sizeof(float) * count);
+    }
+}
+
+// Adds 8 rows, weighed by the shares (S, 8), to what S heads have mixed, each `stride` wide.
+template <int S> void mix_heads(const float *rows, const float *shares, int width, int stride, float *mixed) {
+    for (int e = 0; e < width; e += TILE) {
+        Reals sum[S];
+        for (int h = 0; h < S; h++) sum[h] = lanes(mixed + size_t(h) * stride + e);
+        for (int t = 0; t < ROWS; t++) {
+            const Reals row = lanes(const_cast<float *>(rows + t * stride + e));
+            for (int h = 0; h < S; h++) sum[h] += shares[h * ROWS + t] * row;
+        }
+        for (int h = 0; h < S; h++) lanes(mixed + size_t(h) * stride + e) = sum[h];
+    }
+}
+
+// Calls made(first head, how many) for heads in runs of at most 4, the count as a constant.
+template <class Made> void in_runs(int heads, const Made &made) {
+    int h = 0;
+    for (; heads - h >= 4; h += 4) made(h, std::integral_constant<int, 4>{});
+    if (heads - h == 3) made(h, std::integral_constant<int, 3>{});
+    if (heads - h == 2) made(h, std::integral_constant<int, 2>{});
+    if (heads - h == 1) made(h, std::integral_constant<int, 1>{});
 }
 
 struct Attention {
@@ -222,12 +304,10 @@ struct Attention {
             } else {
                 for (int c = 0; c < channels; c++) read_channel(keys, codes_at, first / SPAN, kv * channels + c, lanes(tile + c * SPAN), lanes(tile + c * SPAN + HALF));
             }
-            for (int head = kv * shared; head < (kv + 1) * shared; head++) {
-                Reals sum[2] = {};
-                for (int c = 0; c < channels; c++)
-                    for (int i = 0; i < 2; i++) sum[i] += queries[head * channels + c] * lanes(tile + c * SPAN + i * HALF);
-                std::memcpy(scores + size_t(head) * seen + first, sum, sizeof(float) * count);
-            }
+            in_runs(shared, [&](int h, auto run) {
+                const int head = kv * shared + h;
+                score_heads<run>(queries + head * channels, tile, channels, seen, count, scores + size_t(head) * seen + first);
+            });
         }
     }
 
@@ -245,16 +325,14 @@ struct Attention {
     void mix(int first, const Unpacker &codes_at, float *rows, float *mixed) const {
         const int count = std::min(ROWS, seen - first), width = mixed_width(), stride = padded(values.width), shared = heads / kv_heads;
         for (int t = 0; t < count; t++) read_row(values, codes_at, first + t, rows + t * stride);
-        for (int head = 0; head < heads; head++) {
-            const float *own = rows + (values.up && !values.each ? 0 : head / shared * width);
-            float share[ROWS] = {}, *out = mixed + size_t(head) * stride;
-            std::memcpy(share, scores + size_t(head) * seen + first, sizeof(float) * count);
-#pragma omp simd
-            for (int e = 0; e < width; e++) {
-                float sum = out[e];
-                for (int t = 0; t < ROWS; t++) sum += share[t] * own[t * stride + e];
-                out[e] = sum;
-            }
+        const bool common = values.up && !values.each;  // all heads mix the same rows
+        for (int kv = 0; kv < (common ? 1 : kv_heads); kv++) {
+            in_runs(common ? heads : shared, [&](int h, auto run) {
+                const int head = kv * shared + h;
+                float shares[run * ROWS] = {};
+                for (int i = 0; i < run; i++) std::memcpy(shares + i * ROWS, scores + size_t(head + i) * seen + first, sizeof(float) * count);
+                mix_heads<run>(rows + kv * width, shares, width, stride, mixed + size_t(head) * stride);
+            });
         }
     }
 
