@@ -25,7 +25,7 @@ from bitpress.engine.model import library, load
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.runs.status import change_status
 from bitpress.engine.runs.store import Store
-from bitpress.engine.sensitivity import measure_on_text
+from bitpress.engine.sensitivity_file import FISHER, OPTIONS, Score, SensitivityReport
 
 MODEL, SECONDS, VISITS = "tiny-stories", 1.5, 4
 IDLE = '[data-testid="stApp"][data-test-script-state="notRunning"]'
@@ -33,13 +33,17 @@ PLOT = f'{IDLE} [data-testid="stPlotlyChart"] .main-svg'
 
 
 def fill(runs: int) -> None:
-    """The model as inspected and measured, and so many finished runs of it, each with another recipe and other figures."""
+    """The model as inspected, made-up sensitivities, and so many finished runs of it, each with another recipe and other figures."""
     loaded = load.load(MODEL)
     path = library.anatomy_path(MODEL)
     path.parent.mkdir(parents=True, exist_ok=True)
     loaded.anatomy.save(path)
-    measure_on_text(loaded)
     rng, store, anatomy = random.Random(0), Store(), loaded.anatomy
+    harms = {f"{bits}-bit": 4.0**-bits for bits in (8, 4, 3, 2)}
+    scores = [Score(layer=part.name, option=option, kind=FISHER, score=harm) for part in anatomy.linears for option, harm in harms.items()]
+    report = SensitivityReport(digest="0" * 16, model=MODEL, fingerprint=anatomy.fingerprint, kinds=(FISHER,), text="stories", tokens_sha256="",
+                               protocol="made up", options=OPTIONS[:4], scores=scores)  # fmt: skip
+    report.save()
     protocol = {"text": "stories", "part": "evaluation", "window": 256, "windows": 8}
     dense = {"perplexity": 8.0, "bytes": anatomy.bytes, "decode_tokens_per_s": 300.0, "protocol": protocol}
     for number in range(runs):
