@@ -39,7 +39,7 @@ def after_picture(record: Mapping[str, Any], key: str = "after") -> None:
     with right:
         st.caption(f"One typical group: row {whole(record['row'])}, inputs from {whole(record['first'])} on")
         charts.show(
-            group_figure(record), f"{key}-group", group_alt(record), group_table(record), note="Dots: the weights before. Crosses: after, on the levels."
+            group_figure(record), f"{key}-group", group_alt(record), group_table(record), note="Circles: the weights before. Crosses: after, on the levels."
         )
 
 

@@ -62,7 +62,7 @@ class GptqOptions(MethodOptions):
     by_loss: bool = Field(
         default=False,
         title="Weigh tokens by what they decide",
-        description="An error at a token counts by what it does to the model's predictions, from one backward of the whole model over the text.",
+        description="A token's errors count by what they do to the predictions, by one backward. Few tokens then decide, so it wants much text.",
     )
     rounds: int = Field(
         default=0,
