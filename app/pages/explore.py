@@ -26,7 +26,6 @@ from bitpress.app.ui.run_view import RunView
 from bitpress.app.ui.shape_controls import shape_controls
 from bitpress.app.ui.side_by_side import side_by_side
 from bitpress.app.ui.sidebar import sidebar
-from bitpress.app.ui.theme import style
 from bitpress.app.ui.why_speed import why_speed
 from bitpress.engine.errors import BitpressError
 from bitpress.engine.model.anatomy import Anatomy
@@ -41,7 +40,6 @@ KEYS = "Arrow keys move, space selects, shift and arrows extend, Escape clears."
 
 def explore() -> None:
     """The page."""
-    style()
     tell_notice()
     with st.sidebar:
         sidebar()
