@@ -17,6 +17,7 @@ BETTER, WORSE = "#1f68bc", "#bf5a05"
 HEIGHT = 420
 LOG = ("perplexity", "kl", "ttft")
 MOST_STYLED = 1000
+SIZES = ("size", "linear_bits", "model_bits")  # the same thing three times: no panels for each other
 ACROSS, PANEL = 4, 210  # small panels: how many beside each other, and their height
 
 
@@ -100,7 +101,7 @@ def parallel(entries: Sequence[Entry]) -> None:
 
 def small_multiples(entries: Sequence[Entry], base: Entry | None) -> None:
     """Every other quantity against stored size, a small panel each on one scale of sizes; the front of each is joined, the baseline dashed."""
-    names = [name for name in QUANTITIES if name != "size" and sum(entry.get(name) is not None for entry in entries) > 1]
+    names = [name for name in QUANTITIES if name not in SIZES and sum(entry.get(name) is not None for entry in entries) > 1]
     sized = [entry for entry in entries if entry.get("size") is not None]
     if not names or len(sized) < 2:
         st.caption("Two runs with a size and one more figure are needed.")
@@ -134,7 +135,7 @@ def _multiples_figure(entries: Sequence[Entry], names: Sequence[str], base: Entr
         if base is not None and base.get(name) is not None and (name not in PROTOCOL_BOUND or base.protocol == there[0].protocol):
             chart.add_hline(y=base.figures[name], line={"color": DENSE_COLOUR, "dash": "dash", "width": 1}, row=row, col=column)
         if name in LOG:
-            chart.update_yaxes(type="log", row=row, col=column)
+            chart.update_yaxes(type="log", exponentformat="power", row=row, col=column)
     chart.update_layout(height=PANEL * lines, showlegend=False, margin={"l": 8, "r": 8, "t": 30, "b": 8}, hovermode="closest")
     chart.update_annotations(font_size=13)
     return chart
