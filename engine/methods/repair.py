@@ -10,6 +10,8 @@ from torch import Tensor
 
 Repairing = Literal["none", "bias", "rescale", "least_squares"]
 RIDGE = 0.01  # of each feature's own energy, towards the weights as they were: text is short, and features hang together
+RIDGES = (0.01, 0.1, 1.0, 10.0)  # tried on text that the fit has not seen, where there is enough of it
+HELD_OUT = 4  # every so manieth batch is not fitted but judges
 LARGEST_SCALE = 10.0  # a rescaling beyond it is worse than none
 
 
@@ -40,16 +42,22 @@ def sums_of(features: list[Tensor], wanted: list[Tensor], goal: list[Tensor]) ->
     return Sums(gram_FF, cross_Fd, total_F / weight)
 
 
+def judging(features: list[Tensor], wanted: list[Tensor], goal: list[Tensor]) -> Sums | None:
+    """The sums over every fourth batch alone; None when there are fewer than four."""
+    parts = [every[HELD_OUT - 1 :: HELD_OUT] for every in (features, wanted, goal)]
+    return sums_of(*parts) if parts[0] else None
+
+
 def inverse_root(stream_d: Tensor) -> Tensor:
     """What a norm multiplies a token by: 1 over the root of the mean square, float32 [..., 1]."""
     return stream_d.float().square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
 
 
-def repaired(how: Repairing, weight_dF: Tensor, kept_F: Tensor, groups_F: Tensor, sums: Sums) -> tuple[Tensor, Tensor | None]:
-    """(the last matrix for the kept features, a bias to add or None). groups_F: the kept unit that each kept feature belongs to."""
+def repaired(how: Repairing, weight_dF: Tensor, kept_F: Tensor, groups_F: Tensor, sums: Sums, held: Sums | None = None) -> tuple[Tensor, Tensor | None]:
+    """(the last matrix for the kept features, a bias to add or None). groups_F: the kept unit that each kept feature belongs to. held: of `judging`."""
     weight_dK = weight_dF[:, kept_F]
     if how == "least_squares":
-        return least_squares(kept_F, sums, weight_dK), None
+        return (least_squares(kept_F, sums, weight_dK) if held is None else judged_fit(kept_F, sums, held, weight_dK)), None
     if how == "rescale":
         return weight_dK * rescaling(weight_dF, kept_F, groups_F, sums)[groups_F].to(weight_dF.dtype), None
     if how == "bias":
@@ -74,6 +82,23 @@ def least_squares(kept_F: Tensor, sums: Sums, fallback_dK: Tensor, ridge: float 
     old_Kd = fallback_dK.t().double()
     change_Kd = torch.cholesky_solve(sums.cross_Fd[kept_F] - gram_KK @ old_Kd, lower_KK)
     return (old_Kd + change_Kd).t().to(fallback_dK.dtype)
+
+
+def judged_fit(kept_F: Tensor, sums: Sums, held: Sums, old_dK: Tensor) -> Tensor:
+    """The fit whose ridge did best on held-out text, made anew on all of it; the old weights where no fit was better than they.
+
+    What comes from below is wrong in ways that no feature tells, and a plain fit learns them by heart.
+    """
+    fitted = Sums(sums.gram_FF - held.gram_FF, sums.cross_Fd - held.cross_Fd, sums.mean_F)
+    errors = {ridge: error_of(least_squares(kept_F, fitted, old_dK, ridge), kept_F, held) for ridge in RIDGES}
+    best = min(errors, key=errors.__getitem__)
+    return least_squares(kept_F, sums, old_dK, best) if errors[best] < error_of(old_dK, kept_F, held) else old_dK
+
+
+def error_of(weight_dK: Tensor, kept_F: Tensor, sums: Sums) -> float:
+    """Weighed squared error of a last matrix, less what no matrix changes."""
+    weight_dK = weight_dK.double()
+    return float(((weight_dK @ sums.gram_FF[kept_F][:, kept_F]) * weight_dK).sum() - 2 * (weight_dK.t() * sums.cross_Fd[kept_F]).sum())
 
 
 def rescaling(weight_dF: Tensor, kept_F: Tensor, groups_F: Tensor, sums: Sums) -> Tensor:

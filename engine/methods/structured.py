@@ -16,7 +16,7 @@ from torch import Tensor
 from bitpress.engine.errors import InputError
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import Family, MethodOptions, ShapeMethod
-from bitpress.engine.methods.repair import Repairing, repaired, sums_of
+from bitpress.engine.methods.repair import Repairing, judging, repaired, sums_of
 from bitpress.engine.model.anatomy import Part
 from bitpress.engine.model.slicing import key_head_of
 from bitpress.engine.model.surgery import get, linear_weight, twin
@@ -224,7 +224,10 @@ def _remove_one(scene: Scene, units: Units, student: Stream, key: Key, goal: lis
     sizes = [len(units.features(key, [unit])) for unit in stay]
     groups_F = torch.repeat_interleave(torch.arange(len(stay)), torch.tensor(sizes))
     weight_dF = linear_weight(module).float()
-    made_dK, extra_d = repaired(how, weight_dF, kept_F, groups_F, sums_of(caught.features[key.kind], wanted, goal)) if how != "none" else (None, None)
+    made_dK, extra_d = None, None
+    if how != "none":
+        seen = caught.features[key.kind], wanted, goal
+        made_dK, extra_d = repaired(how, weight_dF, kept_F, groups_F, sums_of(*seen), judging(*seen) if how == "least_squares" else None)
     units.cut({key: stay})
     if made_dK is not None and how != "bias":
         scene.set_weight(part.name, made_dK)

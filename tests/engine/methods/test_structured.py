@@ -13,7 +13,7 @@ from bitpress.engine.calibration_set import CalibrationSet
 from bitpress.engine.compress import compress
 from bitpress.engine.errors import InputError
 from bitpress.engine.methods import registry
-from bitpress.engine.methods.repair import least_squares, repaired, rescaling, sums_of
+from bitpress.engine.methods.repair import judging, least_squares, repaired, rescaling, sums_of
 from bitpress.engine.methods.structured import StructuredMethod, StructuredOptions, Units, budget_of, select
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.recipe import Recipe
@@ -141,6 +141,23 @@ def test_one_token_that_is_huge_in_the_stream_does_not_decide_the_fit() -> None:
     wanted[:, 0] += 20_000
     goal[:, 0] += 20_000
     assert (least_squares(kept, sums_of([x], [wanted], [goal]), weight[:, kept]) - alone).abs().max() < 0.1
+
+
+def test_a_fit_that_learns_noise_by_heart_is_not_taken() -> None:
+    """Features say nothing of what is wanted: no fit is better on other tokens than the weights as they were."""
+    generator = torch.Generator().manual_seed(2)
+    kept, old = torch.arange(24), torch.zeros(3, 24)
+    x = [torch.randn(2, 8, 24, generator=generator) for _ in range(4)]
+    noise, goal = [torch.randn(2, 8, 3, generator=generator) for _ in range(4)], [torch.ones(2, 8, 3)] * 4
+    told = [part @ torch.ones(24, 3) for part in x]
+    groups = torch.arange(24)
+    held = judging(x, noise, goal)
+    assert held is not None
+    assert repaired("least_squares", old, kept, groups, sums_of(x, noise, goal))[0].norm() > 1
+    assert repaired("least_squares", old, kept, groups, sums_of(x, noise, goal), held)[0].norm() < 1
+    found = repaired("least_squares", old, kept, groups, sums_of(x, told, goal), judging(x, told, goal))[0]
+    assert torch.allclose(found, torch.ones(3, 24), atol=0.1)
+    assert judging(x[:3], noise[:3], goal[:3]) is None
 
 
 def test_a_stream_reaches_what_the_model_reaches(in_memory: Build) -> None:
