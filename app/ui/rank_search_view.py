@@ -80,7 +80,8 @@ def trials_chart(run: Run) -> None:
         st.caption("A point lands here for each allocation tried; the statistics of the layers are taken first.")
         return
     best = min(range(len(trials)), key=lambda index: trials[index]["objective"])
-    shares = ", ".join(f"{name} {ratio:.0%}" for name, ratio in trials[best]["ratios"].items() if len(trials[best]["ratios"]) <= len("qkogud"))
+    ratios = trials[best]["ratios"]
+    shares = ", ".join(f"{name.removesuffix('-0')} {ratio:.0%}" for name, ratio in ratios.items()) if all(name.endswith("-0") for name in ratios) else ""
     words = f"Best of {len(trials)}: {amount(trials[best]['objective'])} nats a token, number {best + 1}"
     chart = charts.kept(f"trials-{run.id}", trials, lambda: trials_figure(trials))
     charts.show(chart, f"trials-{run.id}", f"Objective of {len(trials)} allocations of ranks. {words}", trials_table(trials), note=f"{words}. {shares}")
