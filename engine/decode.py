@@ -44,12 +44,10 @@ class Decoder:
     def __init__(self, model: nn.Module, tokenizer: Any = None, max_length: int | None = None, dtype: torch.dtype | None = None) -> None:
         self.tokenizer = tokenizer
         self.model: Any = model  # families agree on names, not on a type
-        config: Any = model.config
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = min(length for length in (max_length, context, 1 << 20) if length)
+        self.max_length = room_for(model, max_length)
         self.device = next(model.parameters()).device
-        self.step_dtype, self.piece_dtype = _dtypes(model, self.device, dtype)
-        self.reason = _why_not_own(model, self.max_length)
+        self.step_dtype, self.piece_dtype = step_types(model, self.device, dtype)
+        self.reason = why_not_own(model, self.max_length)
         check_cache(model, self.max_length)
         with torch.inference_mode(False), torch.no_grad():
             self._loop: _OwnLoop | _TransformersLoop = self._own_loop() if self.reason is None else _TransformersLoop(self)
@@ -127,7 +125,13 @@ def context_overflow(prompt: int, new: int, limit: int) -> InputError:
     return InputError(what, f"There is room for {limit} together.", f"Shorten the prompt, or ask for at most {max(0, limit - prompt)} new tokens.")
 
 
-def _dtypes(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
+def room_for(model: Any, max_length: int | None) -> int:
+    """Positions of a cache: so many as are asked for, at most the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(length for length in (max_length, context, 1 << 20) if length)
+
+
+def step_types(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
     """(type of steps, type of longer pieces)."""
     if dtype is not None:
         return dtype, dtype
@@ -137,7 +141,7 @@ def _dtypes(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -
     return own, own
 
 
-def _why_not_own(model: Any, max_length: int) -> str | None:
+def why_not_own(model: Any, max_length: int) -> str | None:
     """Why our own loop cannot run this model, in words; None when it can."""
     config = model.config.get_text_config()
     if config.model_type not in OWN_LOOP:
@@ -156,7 +160,7 @@ def _why_not_own(model: Any, max_length: int) -> str | None:
 
 def check_cache(model: Any, max_length: int = 1) -> None:
     """Raises InputError for a model with a compressed cache that only transformers' loop can run: it would keep a plain one."""
-    reason = _why_not_own(model, max_length)
+    reason = why_not_own(model, max_length)
     if reason and getattr(model, "kv_scheme", None) is not None:
         why = f"{reason[0].upper()}{reason[1:]}."
         raise InputError("The KV cache of this model cannot be compressed.", why, "Leave out `kv_cache`, or what stands against it.")

@@ -136,31 +136,51 @@ def generate(model: nn.Module | Decoder, tokenizer: Any, prompt: str | list[int]
     return Generation(writer.text + writer.pieces.flush(), tuple(tokens), writer.ended, len(ids), time.monotonic() - began)
 
 
-class Writer:
-    """The loop: choose, tell, step. `text` grows with every piece; `ended` says why it stopped."""
+class Pen:
+    """One text as it is written: chooses each token, tells its piece, knows when to end. `text` grows with every piece; `ended` says why it stopped."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, ids: list[int], sampling: Sampling) -> None:
+        self.tokenizer, self.ids, self.sampling = tokenizer, ids, sampling
+        self.pieces, self.text, self.ended = Detokenizer(tokenizer, ids), "", "length"
+        self.ends = end_tokens(model, tokenizer)
+        self.generator = torch.Generator().manual_seed(sampling.seed)
+        self.written = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether no token may follow."""
+        return self.ended != "length" or self.written == self.sampling.max_new
+
+    def take(self, logp_V: Tensor, kl: float | None = None) -> Token | None:
+        """The next token from its log-probabilities, float32 on the CPU; None when it is one that ends the text."""
+        token_id = choose(logp_V, self.sampling, self.generator)
+        if token_id in self.ends:
+            self.ended = "stop"
+            return None
+        piece = self.pieces.push(token_id)
+        self.text, self.written = self.text + piece, self.written + 1
+        if any(stop in self.text for stop in self.sampling.stop):
+            self.ended = "stop"
+        return Token(token_id, piece, float(logp_V[token_id]), int((logp_V > logp_V[token_id]).sum()), _likeliest(self.tokenizer, logp_V), kl)
+
+
+class Writer(Pen):
+    """The loop of one text: choose, tell, step."""
 
     def __init__(self, decoder: Decoder, tokenizer: Any, ids: list[int], sampling: Sampling, reference: Decoder | None) -> None:
-        self.decoder, self.tokenizer, self.ids, self.sampling, self.reference = decoder, tokenizer, ids, sampling, reference
-        self.pieces, self.text, self.ended = Detokenizer(tokenizer, ids), "", "length"
-        self.ends = end_tokens(decoder.model, tokenizer)
-        self.generator = torch.Generator().manual_seed(sampling.seed)
+        super().__init__(decoder.model, tokenizer, ids, sampling)
+        self.decoder, self.reference = decoder, reference
 
     def __iter__(self) -> Iterator[Token]:
         given: list[int] = []
-        for _ in range(self.sampling.max_new):
+        while not self.done:
             logp_V = _next(self.decoder, self.ids, given)
-            token_id = choose(logp_V, self.sampling, self.generator)
             kl = None if self.reference is None else float(divergence(_next(self.reference, self.ids, given), logp_V))
-            if token_id in self.ends:
-                self.ended = "stop"
+            token = self.take(logp_V, kl)
+            if token is None:
                 return
-            piece = self.pieces.push(token_id)
-            self.text += piece
-            given = [token_id]
-            yield Token(token_id, piece, float(logp_V[token_id]), int((logp_V > logp_V[token_id]).sum()), _likeliest(self.tokenizer, logp_V), kl)
-            if any(stop in self.text for stop in self.sampling.stop):
-                self.ended = "stop"
-                return
+            given = [token.id]
+            yield token
 
 
 def _next(decoder: Decoder, prompt: list[int], given: list[int]) -> Tensor:
