@@ -26,10 +26,10 @@ class LQER(FactorMethod):
 
     name = "lqer"
     title = "LQER"
-    summary = "Rounds a matrix to few bits and stores a thin product beside it that makes up for most of what is lost. One pass over the text."
+    summary = "Rounds a matrix to few bits and stores a thin product beside it that makes up for a part of what is lost. One pass over the text."
     citation = "Zhang et al. 2024, LQER: low-rank quantization error reconstruction for LLMs, arXiv 2402.02446."
     cost = "Seconds a block, and one pass over the text; decoding multiplies three matrices where there was one."
-    use_when = "Choose it with `rank: {rank: 8, beside: true}` at 3 and 2 bits, where a few more bytes buy much."
+    use_when = "Choose it with `rank: {rank: 8, beside: true}` at 3 and 2 bits, and hold it against one more bit in fewer layers at the same bytes."
     ability = Ability(part="rank", also="weights", bits=BITS, zeros=("integer", "float"), beside=True)
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
     Options = LQEROptions

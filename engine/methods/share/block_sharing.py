@@ -38,10 +38,10 @@ class BlockSharing(ShapeMethod):
     name = "block-sharing"
     title = "Block sharing"
     family = "share"
-    summary = "Stores one set of matrices for several blocks, and for each block a thin product that makes up for most of what it loses. No training."
+    summary = "Stores one set of matrices for several blocks, and for each block a thin product that makes up for a part of what it loses. No training."
     citation = "Lan et al. 2020, ALBERT: a lite BERT for self-supervised learning of language representations, arXiv 1909.11942; the products beside are ours."
     cost = "One pass over the text, and seconds a block."
-    use_when = "To see how alike neighbouring blocks are; without training afterwards it loses more than dropping blocks at the same size."
+    use_when = "To see how alike neighbouring blocks are. Compare it with dropping blocks at the same size: nothing is trained afterwards."
     ability: ClassVar[Ability] = Ability(part="structure", units=("sharing",))
     Options = SharingOptions
 
