@@ -139,21 +139,25 @@ def measure(target: str, tier: Tier = "quick", text: Text = "auto", latency: Ann
 
 
 @app.command()
-def generate(target: str, prompt: Annotated[str, typer.Option("--prompt")], max_new: Annotated[int, typer.Option("--max-new", min=1)] = 64,
+def generate(target: str, prompt: Annotated[list[str], typer.Option("--prompt", help="Several are written at once.")],
+             max_new: Annotated[int, typer.Option("--max-new", min=1)] = 64,
              temperature: Annotated[float, typer.Option(min=0.0)] = 0.0, top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
              seed: int = 0, as_json: Json = False, home: Home = None) -> None:  # fmt: skip
-    """Continue a prompt with a model or a finished run."""
-    sampling = {"max_new": max_new, "temperature": temperature, "top_p": top_p, "seed": seed}
+    """Continue a prompt, or several at once, with a model or a finished run."""
+    sampling, one = {"max_new": max_new, "temperature": temperature, "top_p": top_p, "seed": seed}, len(prompt) == 1
 
     def show(event: Event) -> None:
-        if event.kind == "sample" and not as_json:
+        if event.kind == "sample" and one and not as_json:
             print(event.data["text"], end="", flush=True)
 
-    run = followed(jobs.submit("generate", {**_target(target), "prompt": prompt, "sampling": sampling}), show)
+    asked = {"prompt": prompt[0]} if one else {"prompts": prompt}
+    result = followed(jobs.submit("generate", {**_target(target), **asked, "sampling": sampling}), show).result() or {}
     if as_json:
-        print_json(run.result())
-    else:
+        print_json(result)
+    elif one:
         print()
+    else:
+        print("\n\n".join(sample["prompt"] + sample["text"] for sample in result["samples"]))
 
 
 def _target(target: str) -> dict[str, str]:

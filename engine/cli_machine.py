@@ -34,11 +34,16 @@ def bench(what: Annotated[str, typer.Argument(help="kernels, decode or prefill")
           quick: Annotated[bool, typer.Option("--quick", help="Fewer sides and rounds.")] = False,
           rival_python: Annotated[list[str] | None, typer.Option("--rival-python", help="NAME=PYTHON of a rival, such as llama.cpp=/path/to/python.")] = None,
           rival_file: Annotated[str | None, typer.Option("--rival-file", help="A GGUF file of the same weights; without it one of 4 bits is written.")] = None,
+          batch: Annotated[int, typer.Option("--batch", min=1, max=64, help="For decode: sequences written at once.")] = 1,
           as_json: Json = False, home: Home = None) -> None:  # fmt: skip
     """Time the kernels, or how a model decodes and reads a prompt, on this machine; 1 when figures cannot be true."""
     from bitpress.engine import rivals
 
-    pythons, report = rivals.parse(rival_python or []), _bench_report(what, model, quick)
+    pythons = rivals.parse(rival_python or [])
+    if batch > 1 and (what != "decode" or pythons or rival_file):
+        why = "Kernels, prompts and llama.cpp are timed without it."
+        raise InputError(f"A batch of {batch} is for our own decoding.", why, "Leave out --batch, or the rest.")
+    report = _bench_report(what, model, quick, batch)
     if what == "kernels" and pythons:
         report["rivals"] = [{"shape": [4096, 4096], **rivals.ask("bitsandbytes", pythons, "4096", "4096")}]
     if what != "kernels" and (pythons or rival_file):
@@ -55,7 +60,7 @@ def bench(what: Annotated[str, typer.Argument(help="kernels, decode or prefill")
         raise typer.Exit(1)
 
 
-def _bench_report(what: str, model: str | None, quick: bool) -> dict[str, Any]:
+def _bench_report(what: str, model: str | None, quick: bool, batch: int) -> dict[str, Any]:
     if what == "kernels":
         from bitpress.kernels.bench import kernel_table
 
@@ -63,7 +68,7 @@ def _bench_report(what: str, model: str | None, quick: bool) -> dict[str, Any]:
     if what in ("decode", "prefill"):
         from bitpress.engine.decode_bench import decode_table, prefill_table
 
-        return decode_table(model, quick) if what == "decode" else prefill_table(model, quick)
+        return decode_table(model, quick, batch=batch) if what == "decode" else prefill_table(model, quick)
     raise InputError(f"There is no bench '{what}'.", "", "There are `bench kernels`, `bench decode` and `bench prefill`.")
 
 

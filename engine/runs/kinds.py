@@ -237,20 +237,27 @@ def installation(task: Task) -> None:
 
 
 def generation(task: Task) -> None:
-    """Continue a prompt once. Args: `model`, `run` (optional), `prompt`, `sampling`."""
+    """Continue a prompt, or several at once. Args: `model`, `run` (optional), `prompt` or `prompts`, `sampling`."""
     from bitpress.engine.runs import samples
     from bitpress.engine.runs.resident import Resident
 
-    sampling, prompt, side = samples.parse_sampling(task.args.get("sampling") or {}), task.args["prompt"], task.args.get("run") or DENSE
+    sampling, side = samples.parse_sampling(task.args.get("sampling") or {}), task.args.get("run") or DENSE
     task.phase("loading")
     resident = Resident(task.args["model"])
     _keep_environment(task, resident.loaded)
+    named = {"run": task.run.id, "model": resident.entry.id}
+    if "prompts" in task.args:
+        from bitpress.engine.runs.samples_batch import write_at_once
+
+        task.write("result.json", {**named, **write_at_once(task, resident, side, sampling)})
+        return
+    prompt = task.args["prompt"]
     ids = samples.prompt_ids(resident.loaded.tokenizer, prompt, resident.entry.needs_bos)
     chorus = samples.Chorus(resident.loaded.tokenizer, resident.loaded.model, {side: resident.side(side)}, ids, sampling)
     task.phase("generating")
     (sample,) = samples.perform(task, chorus, prompt)
     samples.keep(task, [sample])
-    task.write("result.json", {"run": task.run.id, "model": resident.entry.id, **sample})
+    task.write("result.json", {**named, **sample})
 
 
 def desk(task: Task) -> None:

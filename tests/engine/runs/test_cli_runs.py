@@ -59,6 +59,9 @@ def test_compress_measure_and_generate(bitpress: Callable[..., tuple[Any, str]],
     written, _ = bitpress("generate", first["run"], "--prompt", "Once upon", "--max-new", "4")
     assert len(written["tokens"]) == 4
     assert written["side"] == first["run"]
+    several, _ = bitpress("generate", first["run"], "--prompt", "Once upon", "--prompt", "The bear", "--max-new", "4")
+    assert [sample["prompt"] for sample in several["samples"]] == ["Once upon", "The bear"]
+    assert {sample["side"] for sample in several["samples"]} == {first["run"]}
 
 
 def test_an_interrupted_run_is_resumed_from_the_command_line(bitpress: Callable[..., tuple[Any, str]], tiny_recipe: Callable[..., Recipe]) -> None:

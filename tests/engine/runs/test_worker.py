@@ -311,6 +311,18 @@ def test_generate_continues_a_prompt(here: Here, tiny_home: str) -> None:
         here.do("generate", {"model": tiny_home, "prompt": "Once", "sampling": {"temperature": -1}})
 
 
+def test_several_prompts_are_written_at_once(here: Here, tiny_home: str) -> None:
+    sampling, prompts = {"max_new": 5, "temperature": 1.0, "seed": 3}, ["Once upon a time", "The bear"]
+    result = here.do("generate", {"model": tiny_home, "prompts": prompts, "sampling": sampling}).result()
+    assert result is not None
+    assert [sample["prompt"] for sample in result["samples"]] == prompts
+    assert all(len(sample["tokens"]) == 5 or sample["ended"] == "stop" for sample in result["samples"])
+    assert result["tokens_per_s"] > 0
+    assert "reason" not in result
+    with pytest.raises(InputError, match="prompt 2"):
+        here.do("generate", {"model": tiny_home, "prompts": ["Once", "Once " * 200], "sampling": sampling})
+
+
 def test_sensitivity_leaves_its_scores(here: Here, tiny_home: str, tiny_recipe: MakeRecipe) -> None:
     run = here.do("sensitivity", {"model": tiny_home, "text": tiny_recipe().measure.text})
     result = run.result()
