@@ -12,12 +12,13 @@ weights is all that costs; longer pieces in what the machine multiplies fastest 
 import copy
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitpress.engine import decode_graph
 from bitpress.engine.errors import InputError
 from bitpress.engine.model.load import compute_dtype
 from bitpress.kernels import cpu_step
@@ -54,10 +55,19 @@ class Decoder:
 
     def _own_loop(self) -> "_OwnLoop":
         if getattr(self.model, "kv_scheme", None) is None:
-            return _OwnLoop(self)
+            return self._plain_loop()
         from bitpress.engine.kv_loop import CacheLoop  # built on this module
 
         return CacheLoop(self)
+
+    def _plain_loop(self) -> "_OwnLoop":
+        """Where a step can be captured and replayed, the loop whose steps have static shapes."""
+        recorder = decode_graph.recorder_for(self.device)
+        if recorder is None:
+            return _OwnLoop(self)
+        from bitpress.engine.decode_batch import BatchLoop  # built on this module
+
+        return BatchLoop(self, 1, recorder)
 
     @property
     def position(self) -> int:
@@ -76,7 +86,7 @@ class Decoder:
         loop = "transformers, cache: " + self.reason if self.reason else "own, static cache"
         scheme = getattr(self.model, "kv_scheme", None)
         held = {} if scheme is None else {"kv_cache": scheme.model_dump_json(exclude_none=True)}
-        return {"loop": loop, **{key: str(value).removeprefix("torch.") for key, value in names}, **held}
+        return {"loop": loop, **{key: str(value).removeprefix("torch.") for key, value in names}, **held, **self._loop.extra_conditions}
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -222,6 +232,11 @@ class _OwnLoop:
         plain = all(block.activation is F.silu and not block.head_norms and block.key_head_of is None for block in self.blocks)
         self.fused_steps = plain and decoder.device.type == "cpu" and self.step_dtype == torch.bfloat16 and cpu_step.available()
 
+    @property
+    def extra_conditions(self) -> dict[str, str]:
+        """What a figure of this loop holds under, beside the types."""
+        return {}
+
     @cached_property
     def whole_step(self) -> TokenStep | None:
         """All blocks of a step as one call; None where they differ in shape or some part has no such path. Laying codes out takes a moment."""
@@ -356,6 +371,7 @@ class _TransformersLoop:
         self.reset()
 
     cache_bytes = 0
+    extra_conditions: ClassVar[dict[str, str]] = {}
 
     def reset(self) -> None:
         self.position, self.keeps_cache = 0, True

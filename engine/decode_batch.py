@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitpress.engine import decode_graph
 from bitpress.engine.decode import Decoder, _Block, _OwnLoop, context_overflow, room_for, step_types, why_not_own
 from bitpress.engine.errors import InputError
 
@@ -24,11 +25,12 @@ class BatchDecoder:
     """A model ready to write `size` sequences at once.
 
     model: as for `Decoder`, of a family that has a loop of our own. max_length: positions of each sequence; None for the model's context.
-    dtype: one type for everything, None for the rule of `decode`. Raises InputError for a size below 1 and for a model that
-    `why_not_batched` names.
+    dtype: one type for everything, None for the rule of `decode`. compiled: steps through `torch.compile`, where that can be.
+    Raises InputError for a size below 1 and for a model that `why_not_batched` names.
     """
 
-    def __init__(self, model: nn.Module, size: int, tokenizer: Any = None, max_length: int | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, size: int, tokenizer: Any = None, max_length: int | None = None, dtype: torch.dtype | None = None,
+                 compiled: bool = False) -> None:  # fmt: skip
         if size < 1:
             raise InputError(f"A batch of {size} cannot be decoded.", "It has at least one sequence.", "Choose 1 or more.")
         self.model: Any = model
@@ -40,14 +42,15 @@ class BatchDecoder:
         self.step_dtype, self.piece_dtype = step_types(model, self.device, dtype)
         self.lengths, self.dropped = [0] * size, [True] * size
         with torch.inference_mode(False), torch.no_grad():
-            self._loop = BatchLoop(self, size)
+            self._loop = BatchLoop(self, size, decode_graph.recorder_for(self.device), compiled)
 
     @property
     def conditions(self) -> dict[str, str]:
         """As `Decoder.conditions`."""
         prefill, step = self.piece_dtype, self._loop.dtype
         names = {"step_dtype": step, "prefill_dtype": prefill, "kv_dtype": self._loop.cache_dtype}
-        return {"loop": "own, static cache, a batch", **{key: str(value).removeprefix("torch.") for key, value in names.items()}}
+        types = {key: str(value).removeprefix("torch.") for key, value in names.items()}
+        return {"loop": "own, static cache, a batch", **types, **self._loop.extra_conditions}
 
     @torch.inference_mode()
     def prefill(self, row: int, ids: Tensor | list[int]) -> Tensor:
@@ -95,7 +98,7 @@ def why_not_batched(model: Any, max_length: int) -> str | None:
 class BatchLoop(_OwnLoop):
     """The same blocks, each over a cache [B, KV heads of keys then of values, position, channel]. `caches` shows the row that a prompt is read into."""
 
-    def __init__(self, decoder: Decoder | BatchDecoder, size: int) -> None:
+    def __init__(self, decoder: Decoder | BatchDecoder, size: int, recorder: decode_graph.Recorder | None = None, compiled: bool = False) -> None:
         self.size, self.capacity = size, decoder.max_length
         super().__init__(cast(Decoder, decoder))  # whose model, device, types and length are all that it asks for
         self.fused_steps = False  # that path knows one row
@@ -104,6 +107,12 @@ class BatchLoop(_OwnLoop):
         self.ids_B, self.positions_B, self.rows_B = (torch.zeros(size, dtype=torch.long, device=device) for _ in range(3))
         self.rows_B += torch.arange(size, device=device)
         self.places_S = torch.arange(self.capacity, device=device)
+        self.stepper = decode_graph.Stepper(self.run, self.positions_B, recorder, compiled)
+
+    @property
+    def extra_conditions(self) -> dict[str, str]:
+        """Whether steps are replayed, and why not."""
+        return self.stepper.words
 
     def _allocate(self, decoder: Decoder | BatchDecoder) -> None:
         """Zeros: a masked position counts nothing, but no number times nothing is no number."""
@@ -125,7 +134,14 @@ class BatchLoop(_OwnLoop):
     def step(self, ids_B: Tensor, longest: int) -> Tensor:
         """One token for every row. longest: positions that the longest sequence has with it. Returns [B, V], float32."""
         self.ids_B.copy_(ids_B)
-        return self.run(window(longest, self.capacity))
+        return self.stepper(window(longest, self.capacity))
+
+    def next_logits(self, token_id: int) -> Tensor:
+        """As the loop of one sequence, for row 0."""
+        self.ids_B.fill_(token_id)
+        self.positions_B.fill_(self.position)  # tokens may have come in pieces since the last step
+        self.position += 1
+        return self.stepper(window(self.position, self.capacity))[0]
 
     def run(self, seen: int) -> Tensor:
         """The step on the tensors `ids_B`, `positions_B` and the cache, of which it looks at `seen` positions. Moves every position on by one."""

@@ -199,12 +199,14 @@ def dequantize(matrix: Words, dtype: torch.dtype) -> Tensor:
 
 
 _counters: dict[torch.device, Tensor] = {}
+_outgrown: list[Tensor] = []  # a captured graph may go on counting in them
 
 
 def _arrivals(device: torch.device, tiles: int) -> Tensor:
     """Zeros to count the programs of a tile in; a kernel leaves them zero. One buffer a device, for one stream."""
     held = _counters.get(device)
     if held is None or len(held) < tiles:
+        _outgrown.extend([] if held is None else [held])
         held = _counters[device] = torch.zeros(max(tiles, 1 << 14), dtype=torch.int32, device=device)
     return held
 
