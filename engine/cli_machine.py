@@ -45,7 +45,7 @@ def bench(what: Annotated[str, typer.Argument(help="kernels, decode or prefill")
         raise InputError(f"A batch of {batch} is for our own decoding.", why, "Leave out --batch, or the rest.")
     report = _bench_report(what, model, quick, batch)
     if what == "kernels" and pythons:
-        report["rivals"] = [{"shape": [4096, 4096], **rivals.ask("bitsandbytes", pythons, "4096", "4096")}]
+        report["rivals"] = [{"shape": [4096, 4096], **rivals.ask(name, pythons, "4096", "4096")} for name in rivals.KERNELS]
     if what != "kernels" and (pythons or rival_file):
         from bitpress.engine.decode_bench import with_rival
 
@@ -55,6 +55,8 @@ def bench(what: Annotated[str, typer.Argument(help="kernels, decode or prefill")
     else:
         keys = [key for key, value in report["rows"][0].items() if not isinstance(value, dict)]
         table([tuple(short(row.get(key)) for key in keys) for row in report["rows"]], tuple(keys))
+        for rival in report.get("rivals", ()):
+            print(", ".join(f"{key} {value}" for key, value in rival.items()))
     if report.get("problems"):
         typer.echo("\n".join(report["problems"]), err=True)
         raise typer.Exit(1)

@@ -15,7 +15,8 @@ import torch
 from bitpress.engine.errors import InputError
 
 SCRIPTS = Path(__file__).parent / "rival_scripts"
-NAMES = {"llama.cpp": "llamacpp.py", "bitsandbytes": "bitsandbytes_gemv.py"}
+KERNELS = {"bitsandbytes": "bitsandbytes_gemv.py", "torchao": "torchao_gemv.py", "hqq": "hqq_gemv.py"}  # one matrix, one row
+NAMES = {"llama.cpp": "llamacpp.py", **KERNELS}
 SECONDS = 120
 
 
