@@ -29,7 +29,7 @@ bench-quality: $(VENV)/.dev
 
 # Needs an NVIDIA GPU, and says so where there is none.
 bench-gpu: $(VENV)/.dev
-	$(BIN)/python -m bitpress.kernels.bench_gpu
+	$(BIN)/python -m bitpress.kernels.bench_gpu && $(BIN)/python -m bitpress.engine.decode_shape --shape 7b
 
 # One resolve with every version pinned: torch alone can pull gigabytes when left to choose.
 $(VENV)/.app: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -2,28 +2,27 @@
 
 Llama, Mistral, Qwen2 and Qwen3 run in a loop of our own (`_OwnLoop`): fused q-k-v and gate-up, a cache allocated once, the
 same code whatever the layers hold, so that a speed-up is the layers' and not the loop's. Every other model runs through
-transformers' forward with its cache (`_TransformersLoop`), behind the same calls. Shape letters: T positions, D hidden
+transformers' forward with its cache (`TransformersLoop`), behind the same calls. Shape letters: T positions, D hidden
 width, H heads, C channels of a head, V vocabulary.
 
 Types on a CPU, the same for dense and packed: steps and short pieces (up to 8 tokens) in bfloat16, since reading the
 weights is all that costs; longer pieces in what the machine multiplies fastest (`compute_dtype`); the cache in bfloat16.
 """
 
-import copy
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitpress.engine import decode_graph
+from bitpress.engine.decode_plain import TransformersLoop
 from bitpress.engine.errors import InputError
 from bitpress.engine.model.load import compute_dtype
 from bitpress.kernels import cpu_step
 from bitpress.kernels.cpu_token import BlockParts, EndParts, TokenStep
-from bitpress.kernels.packed import PackedEmbedding, PackedLinear
 from bitpress.kernels.rows import join
 
 OWN_LOOP = ("llama", "mistral", "qwen2", "qwen3")
@@ -51,7 +50,7 @@ class Decoder:
         self.reason = why_not_own(model, self.max_length)
         check_cache(model, self.max_length)
         with torch.inference_mode(False), torch.no_grad():
-            self._loop: _OwnLoop | _TransformersLoop = self._own_loop() if self.reason is None else _TransformersLoop(self)
+            self._loop: _OwnLoop | TransformersLoop = self._own_loop() if self.reason is None else TransformersLoop(self)
 
     def _own_loop(self) -> "_OwnLoop":
         if getattr(self.model, "kv_scheme", None) is None:
@@ -359,48 +358,3 @@ class _OwnLoop:
             mask = torch.ones(length, keys.shape[2], dtype=torch.bool, device=keys.device).tril(self.position)
         mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale)
         return mixed[0].transpose(0, 1).reshape(length, -1)
-
-
-class _TransformersLoop:
-    """transformers' own forward. Models that keep no cache are run anew on the whole prefix."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.model, self.device = _in_dtype(decoder.model, decoder.step_dtype), decoder.device
-        decoder.piece_dtype = decoder.step_dtype  # one copy of the weights, one type
-        self.cache_dtype = decoder.step_dtype
-        self.reset()
-
-    cache_bytes = 0
-    extra_conditions: ClassVar[dict[str, str]] = {}
-
-    def reset(self) -> None:
-        self.position, self.keeps_cache = 0, True
-        self.cache: Any = None
-        self.seen_T: Tensor | None = None
-
-    def extend(self, ids_T: Tensor) -> Tensor:
-        """Logits stand in for hidden states here: forwards of all families agree on no other output."""
-        given_T = ids_T if self.keeps_cache or self.seen_T is None else torch.cat((self.seen_T, ids_T))
-        more = {"past_key_values": self.cache, "use_cache": True} if self.keeps_cache else {}
-        output = self.model(input_ids=given_T[None], **more)
-        self.cache = getattr(output, "past_key_values", None)
-        self.keeps_cache = self.cache is not None
-        self.seen_T = ids_T if self.seen_T is None else torch.cat((self.seen_T, ids_T))
-        self.position += len(ids_T)
-        return output.logits[0, -len(ids_T) :]
-
-    def logits(self, hidden_TV: Tensor) -> Tensor:
-        return hidden_TV.float()
-
-    def next_logits(self, token_id: int) -> Tensor:
-        """Add one token; the next one's logits [V], float32."""
-        return self.logits(self.extend(torch.tensor([token_id], device=self.device)))[0]
-
-
-def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model itself when its dense weights have this type, else a copy that has; packed codes are shared, never copied."""
-    if all(weight.dtype == dtype for weight in model.parameters()):
-        return model
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
-    shared = {id(buffer): buffer for module in packed for buffer in module.buffers()}
-    return copy.deepcopy(model, memo=shared).to(dtype)
