@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bitpress.engine.calibrate import computing_in, enter
-from bitpress.engine.measure.logits import Scorer, scorer_of, slices
+from bitpress.engine.measure.logits import Scorer, likeliest, scorer_of, slices
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.model.load import compute_dtype
 from bitpress.engine.model.surgery import get
@@ -59,10 +59,12 @@ class Prefixes:
         """Let what the model predicts now be what later predictions are compared with."""
         self.dense: list[list[Tensor]] = []
         self.log_sums: list[list[Tensor]] = []
+        self.likeliest: list[list[Tensor]] = []
         for ids_BL, x_BLd in zip(self.ids, self.states[-1], strict=True):
             logits = [part.to(self.dtype) for part in self.logits(ids_BL, x_BLd)]
             self.dense.append(logits)
             self.log_sums.append([part.float().logsumexp(-1) for part in logits])
+            self.likeliest.append([likeliest(part) for part in logits])
 
     def through(self, index: int, x_BLd: Tensor) -> Tensor:
         """A batch of states through one block."""
@@ -113,9 +115,11 @@ class Prefixes:
         targets_P = torch.cat([ids_BL[:, 1:], ids_BL[:, :1]], dim=1).flatten()  # the last one of each window is cut below
         columns: list[list[Tensor]] = [[], [], [], []]
         start = 0
-        for dense_PV, log_sum_P, logits_PV in zip(self.dense[number], self.log_sums[number], self.logits(ids_BL, self.states[-1][number]), strict=True):
-            wanted_P = targets_P[start : start + len(logits_PV)]
-            for column, values in zip(columns, _compared(dense_PV, log_sum_P, logits_PV.to(self.dtype), wanted_P), strict=True):
+        reference = zip(self.dense[number], self.log_sums[number], self.likeliest[number], strict=True)
+        for (dense_PV, log_sum_P, likeliest_P), logits_PV in zip(reference, self.logits(ids_BL, self.states[-1][number]), strict=True):
+            wanted_P, other_PV = targets_P[start : start + len(logits_PV)], logits_PV.to(self.dtype)
+            compared = (*_compared(dense_PV, log_sum_P, other_PV, wanted_P), likeliest_P == likeliest(other_PV))
+            for column, values in zip(columns, compared, strict=True):
                 column.append(values)
             start += len(logits_PV)
         rows = [torch.cat(column).view(ids_BL.shape)[:, :-1].cpu() for column in columns]
@@ -150,15 +154,14 @@ class Prefixes:
                     block.forward = forward
 
 
-def _compared(dense_PV: Tensor, log_sum_P: Tensor, other_PV: Tensor, targets_P: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """NLL of the reference, NLL of the other, KL, same-top-1, each [P]."""
-    same_P = dense_PV.argmax(-1) == other_PV.argmax(-1)
+def _compared(dense_PV: Tensor, log_sum_P: Tensor, other_PV: Tensor, targets_P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """NLL of the reference, NLL of the other, KL, each [P]."""
     dense_PV, other_PV = dense_PV.float(), other_PV.float()
     other_sum_P = other_PV.logsumexp(-1)
     nll_dense_P = log_sum_P - dense_PV.gather(-1, targets_P[:, None])[:, 0]
     nll_P = other_sum_P - other_PV.gather(-1, targets_P[:, None])[:, 0]
     gap_P = (dense_PV - log_sum_P[:, None]).exp_().mul_(dense_PV - other_PV).sum(-1)
-    return nll_dense_P, nll_P, (gap_P + other_sum_P - log_sum_P).clamp_min(0.0), same_P
+    return nll_dense_P, nll_P, (gap_P + other_sum_P - log_sum_P).clamp_min(0.0)
 
 
 def _kl_sum(dense_PV: Tensor, log_sum_P: Tensor, other_PV: Tensor) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bitpress.engine.errors import Cancelled, InputError
 from bitpress.engine.measure.interval import Interval, safe_exp, settled, t_interval
-from bitpress.engine.measure.logits import Scorer, scorer_of, slices
+from bitpress.engine.measure.logits import Scorer, likeliest, scorer_of, slices
 
 FORWARD_TOKENS = 2048  # short windows share a forward up to this many tokens
 
@@ -135,7 +135,7 @@ def _pair(dense: Scorer, other: Scorer) -> Callable[[Tensor], tuple[Tensor, ...]
 
 def _compare(dense_PV: Tensor, other_PV: Tensor, targets_P: Tensor) -> tuple[Tensor, ...]:
     logp_PV, logq_PV = dense_PV.log_softmax(-1), other_PV.log_softmax(-1)
-    same_P = dense_PV.argmax(-1) == other_PV.argmax(-1)
+    same_P = likeliest(dense_PV) == likeliest(other_PV)
     nll_dense_P, nll_P = _nll(logp_PV, targets_P), _nll(logq_PV, targets_P)
     # In place, and in the buffers at hand: a divergence written plainly holds six copies of the logits.
     gap_PV = torch.sub(logp_PV, logq_PV, out=logq_PV)
