@@ -5,7 +5,7 @@ which a block is x + attention + MLP, or in which each sum is normed at once, as
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -198,19 +198,20 @@ def knowledge_loss(teacher: Scorer, teacher_PD: Tensor, temperature: float) -> L
     return loss
 
 
-def drawn_loss(teacher: Scorer, teacher_PD: Tensor, temperature: float, seed: int) -> Loss:
-    """T times the negative log-likelihood, softened by T, of tokens drawn from the teacher's softened predictions.
+@torch.no_grad()
+def drawn_from(teacher: Scorer, teacher_PD: Tensor, temperature: float, seed: int) -> Tensor:
+    """A token for every position, int64 [P], drawn from the teacher's softened predictions."""
+    luck = torch.Generator().manual_seed(seed)
+    parts = [teacher_PD[part] for part in slices(len(teacher_PD), teacher.vocab)]
+    return torch.cat([torch.multinomial((teacher.logits(part_PD) / temperature).softmax(-1), 1, generator=luck)[:, 0] for part_PD in parts])
+
+
+def drawn_loss(drawn_P: Tensor, temperature: float) -> Loss:
+    """T times the negative log-likelihood, softened by T, of tokens of `drawn_from`.
 
     At a student that equals its teacher its gradient is zero on average, and half its square is the second-order term of `knowledge_loss`.
     """
-    luck = torch.Generator().manual_seed(seed)
-
-    def loss(logits_PV: Tensor, part: slice) -> Tensor:
-        with torch.no_grad():
-            drawn_P = torch.multinomial((teacher.logits(teacher_PD[part]) / temperature).softmax(-1), 1, generator=luck)[:, 0]
-        return temperature * torch.nn.functional.cross_entropy(logits_PV / temperature, drawn_P, reduction="sum")
-
-    return loss
+    return lambda logits_PV, part: temperature * torch.nn.functional.cross_entropy(logits_PV / temperature, drawn_P[part], reduction="sum")
 
 
 def mask_gradients(scene: Scene, keys: list[Key], loss_of: Callable[[int, Tensor], Loss], student: Stream | None = None) -> Iterator[dict[Key, Tensor]]:
@@ -244,13 +245,14 @@ class Moments(NamedTuple):
 
 
 @torch.no_grad()
-def feature_moments(scene: Scene, keys: list[Key], skip_first: bool = False, weigh: bool = False) -> dict[Key, Moments]:
+def feature_moments(scene: Scene, keys: list[Key], skip_first: bool = False, weigh: bool = False, student: Stream | None = None) -> dict[Key, Moments]:
     """The moments of several sublayers' features in one pass. skip_first: leave out the first token of every sequence.
 
-    weigh: a token counts 1 over the mean square of what its block puts out, as it does for the norm that reads it.
+    weigh: a token counts 1 over the mean square of what its block puts out, as it does for the norm that reads it. student: as for `mask_gradients`.
     """
     sums: dict[Key, list[Tensor]] = {}
     anatomy = scene.anatomy  # made anew at every look
+    _returns_tuples(scene.model, anatomy)  # finds it out by a forward that is not to be heard
     with ExitStack() as stack:
         scorer = scorer_of(scene.model)
         blocks = list(get(scene.model, anatomy.block_prefix).children())
@@ -260,8 +262,9 @@ def feature_moments(scene: Scene, keys: list[Key], skip_first: bool = False, wei
             stack.callback(module.register_forward_pre_hook(_holder(held, key)).remove)
         for block in {key.block for key in keys}:
             stack.callback(blocks[block].register_forward_hook(_summer(sums, held, int(skip_first), weigh)).remove)
-        for ids_BL in scene.batches(BATCH):
-            scorer.hidden(ids_BL)
+        for number, ids_BL in enumerate(scene.batches(BATCH)):
+            with skipping(scene.model, anatomy, min(keys).block, student.hidden[number]) if student else nullcontext():
+                scorer.hidden(ids_BL)
     tokens = len(scene.ids_SL) * (scene.ids_SL.shape[1] - int(skip_first))
     return {key: Moments(total / tokens, squares / tokens) for key, (total, squares) in sums.items()}
 

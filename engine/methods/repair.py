@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Repairing = Literal["none", "bias", "rescale", "least_squares"]
+Repairing = Literal["none", "bias", "rescale", "least_squares", "catch_up"]
+FITS: tuple[Repairing, ...] = ("least_squares", "catch_up")  # they differ in what the sublayer should add: what it lost, or that and what was lost below
 RIDGE = 0.01  # of each feature's own energy, towards the weights as they were: text is short, and features hang together
 RIDGES = (0.01, 0.1, 1.0, 10.0)  # tried on text that the fit has not seen, where there is enough of it
 HELD_OUT = 4  # every so manieth batch is not fitted but judges
@@ -23,17 +24,13 @@ class Sums(NamedTuple):
     mean_F: Tensor
 
 
-def sums_of(features: list[Tensor], wanted: list[Tensor], goal: list[Tensor]) -> Sums:
-    """Accumulated in float64 from float32 products, a batch at a time. goal: the residual stream that is to come out, [B, L, d] a batch.
-
-    A token weighs 1 over the mean square of its goal: what reads the stream norms it first. Unweighed, a causal model's first token, whose
-    stream may be a hundred times as long as any other's, is all that a fit looks at. (The encoders of METHODS 2 norm the stream itself.)
-    """
+def sums_of(features: list[Tensor], wanted: list[Tensor], weights: list[Tensor]) -> Sums:
+    """Accumulated in float64 from float32 products, a batch at a time. weights: how much each token counts, [B, L] a batch, such as of `as_normed`."""
     width, weight = features[0].shape[-1], 0.0
     gram_FF, cross_Fd = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, wanted[0].shape[-1], dtype=torch.float64)
     total_F = torch.zeros(width, dtype=torch.float64)
-    for x_BLF, y_BLd, goal_BLd in zip(features, wanted, goal, strict=True):
-        root_M1 = inverse_root(goal_BLd.flatten(0, 1))
+    for x_BLF, y_BLd, weight_BL in zip(features, wanted, weights, strict=True):
+        root_M1 = weight_BL.reshape(-1, 1).sqrt()
         x_MF, y_Md = root_M1 * x_BLF.flatten(0, 1).float(), root_M1 * y_BLd.flatten(0, 1).float()
         gram_FF += (x_MF.t() @ x_MF).double()
         cross_Fd += (x_MF.t() @ y_Md).double()
@@ -42,10 +39,19 @@ def sums_of(features: list[Tensor], wanted: list[Tensor], goal: list[Tensor]) ->
     return Sums(gram_FF, cross_Fd, total_F / weight)
 
 
-def judging(features: list[Tensor], wanted: list[Tensor], goal: list[Tensor]) -> Sums | None:
+def judging(features: list[Tensor], wanted: list[Tensor], weights: list[Tensor]) -> Sums | None:
     """The sums over every fourth batch alone; None when there are fewer than four."""
-    parts = [every[HELD_OUT - 1 :: HELD_OUT] for every in (features, wanted, goal)]
+    parts = [every[HELD_OUT - 1 :: HELD_OUT] for every in (features, wanted, weights)]
     return sums_of(*parts) if parts[0] else None
+
+
+def as_normed(goal: list[Tensor]) -> list[Tensor]:
+    """A token weighs 1 over the mean square of the residual stream that is to come out, [B, L, d] a batch: what reads the stream norms it first.
+
+    Unweighed, a causal model's first token, whose stream may be a hundred times as long as any other's, is all that a fit looks at. (Encoders norm
+    the stream itself.)
+    """
+    return [inverse_root(goal_BLd)[..., 0].square() for goal_BLd in goal]
 
 
 def inverse_root(stream_d: Tensor) -> Tensor:
@@ -56,7 +62,7 @@ def inverse_root(stream_d: Tensor) -> Tensor:
 def repaired(how: Repairing, weight_dF: Tensor, kept_F: Tensor, groups_F: Tensor, sums: Sums, held: Sums | None = None) -> tuple[Tensor, Tensor | None]:
     """(the last matrix for the kept features, a bias to add or None). groups_F: the kept unit that each kept feature belongs to. held: of `judging`."""
     weight_dK = weight_dF[:, kept_F]
-    if how == "least_squares":
+    if how in FITS:
         return (least_squares(kept_F, sums, weight_dK) if held is None else judged_fit(kept_F, sums, held, weight_dK)), None
     if how == "rescale":
         return weight_dK * rescaling(weight_dF, kept_F, groups_F, sums)[groups_F].to(weight_dF.dtype), None

@@ -7,22 +7,24 @@ Every repair is offered with every score; repairs run from the bottom up and see
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from bitpress.engine.errors import InputError
+from bitpress.engine.measure.logits import answers_once
 from bitpress.engine.methods.ability import Ability
 from bitpress.engine.methods.base import Family, MethodOptions, ShapeMethod
-from bitpress.engine.methods.repair import Repairing, judging, repaired, sums_of
+from bitpress.engine.methods.repair import FITS, Repairing, as_normed, judging, repaired, sums_of
 from bitpress.engine.model.anatomy import Part
 from bitpress.engine.model.slicing import key_head_of
 from bitpress.engine.model.surgery import get, linear_weight, twin
-from bitpress.engine.scene import Scene
+from bitpress.engine.scene import BATCH, Scene
 from bitpress.engine.structure import count_kept
 from bitpress.engine.sublayers import KINDS, Caught, Key, Kind, Stream, last_matrix
+from bitpress.engine.token_weights import token_weights
 
 Scores = dict[Key, Tensor]  # per sublayer one number a unit, higher is more important, comparable over all sublayers
 Kept = dict[Key, list[int]]  # per sublayer the units that stay
@@ -43,7 +45,8 @@ class StructuredOptions(MethodOptions):
     repair: Repairing = Field(
         default="none",
         title="Repair",
-        description="What the last matrix of each sublayer does for what went: nothing, a bias, a scale for each unit, or a least-squares fit.",
+        description="What the last matrix of each sublayer does for what went: nothing, a bias, a scale for each unit, "
+        "a least-squares fit to what the sublayer did before, or one that also tries to catch up with what was lost below.",
     )
     multiple: int = Field(default=8, ge=1, le=256, title="Neurons in multiples of", description="Kernels run faster on widths that this divides.")
 
@@ -198,38 +201,60 @@ def _whole_multiples(units: Units, key: Key, score_U: Tensor, stay: set[int]) ->
 Decide = Callable[[Key, Stream, Caught], list[int]]  # the units of a sublayer that stay, when the walk reaches it
 
 
+class Aim(NamedTuple):
+    """What a repair of a sublayer is held to: the stream that came out, [B, L, d] a batch, and how much each token counts, [B, L] a batch."""
+
+    goal: list[Tensor]
+    weights: list[Tensor]
+
+
 def remove_bottom_up(scene: Scene, units: Units, decide: Decide, how: Repairing) -> None:
-    """Sublayer by sublayer: decide what stays, repair the last matrix against what the model put out before, cut, and go on with that."""
+    """Sublayer by sublayer: decide what stays, repair the last matrix, cut, and go on with that.
+
+    A `least_squares` fit aims at what the sublayer, on the stream as it now comes, did with all its units, at the tokens where that matters to the
+    predictions. Every other repair aims at the stream of the model as it was, which has the sublayer make up for all that was lost below it.
+    """
     teacher, student = Stream(twin(scene.model), scene), Stream(scene.model, scene)
+    counts = counting(scene, units) if how == "least_squares" else {}
     for block in range(scene.anatomy.blocks):
         caught = teacher.catch(block)
         for kind in KINDS:
-            goal = [x + y for x, y in zip(caught.base[kind], caught.added[kind], strict=True)]
-            _remove_one(scene, units, student, Key(block, kind), goal, decide, how)
+            key, goal = Key(block, kind), [x + y for x, y in zip(caught.base[kind], caught.added[kind], strict=True)]
+            if key in units.keys:
+                _remove_one(scene, units, student, key, Aim(goal, counts.get(key) or as_normed(goal)), decide, how)
         teacher.move(caught.output)
         student.move(student.through(block))
         scene.tell(block + 1, scene.anatomy.blocks)
 
 
-def _remove_one(scene: Scene, units: Units, student: Stream, key: Key, goal: list[Tensor], decide: Decide, how: Repairing) -> None:
-    if key not in units.keys:
-        return
+def counting(scene: Scene, units: Units) -> dict[Key, list[Tensor]]:
+    """How much each token counts for each sublayer, [B, L] a batch; nothing for models that answer a text once."""
+    if answers_once(scene.model):
+        return {}
+    names = {last_matrix(scene.anatomy, key).name: key for key in units.keys}
+    found = token_weights(scene.model, scene.anatomy, scene.ids_SL, names, scene.recipe.seed, scene.should_stop)
+    return {names[name]: list(weight_SL.split(BATCH)) for name, weight_SL in found.items()}
+
+
+def _remove_one(scene: Scene, units: Units, student: Stream, key: Key, aim: Aim, decide: Decide, how: Repairing) -> None:
     caught = student.catch(key.block)
     stay = decide(key, student, caught)
+    if how == "none" or (how == "least_squares" and len(stay) == units.count(key)):
+        units.cut({key: stay})
+        return
     part = last_matrix(scene.anatomy, key)
     module: Any = get(scene.model, part.name)
     bias_d = module.bias
-    wanted = [g - b - (0 if bias_d is None else bias_d) for g, b in zip(goal, caught.base[key.kind], strict=True)]
+    lost = caught.added[key.kind] if how == "least_squares" else [g - b for g, b in zip(aim.goal, caught.base[key.kind], strict=True)]
+    wanted = [y if bias_d is None else y - bias_d for y in lost]
     kept_F = units.features(key, stay)
     sizes = [len(units.features(key, [unit])) for unit in stay]
     groups_F = torch.repeat_interleave(torch.arange(len(stay)), torch.tensor(sizes))
-    weight_dF = linear_weight(module).float()
-    made_dK, extra_d = None, None
-    if how != "none":
-        seen = caught.features[key.kind], wanted, goal
-        made_dK, extra_d = repaired(how, weight_dF, kept_F, groups_F, sums_of(*seen), judging(*seen) if how == "least_squares" else None)
+    seen = caught.features[key.kind], wanted, aim.weights
+    held = judging(*seen) if how in FITS else None
+    made_dK, extra_d = repaired(how, linear_weight(module).float(), kept_F, groups_F, sums_of(*seen), held)
     units.cut({key: stay})
-    if made_dK is not None and how != "bias":
+    if how != "bias":
         scene.set_weight(part.name, made_dK)
     if extra_d is not None:
         scene.set_bias(part.name, extra_d if bias_d is None else bias_d.float() + extra_d)
@@ -300,4 +325,3 @@ class StructuredMethod(ShapeMethod):
             units.cut(kept)
         else:
             remove_bottom_up(scene, units, lambda key, *_: kept[key], options.repair)
-

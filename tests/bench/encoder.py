@@ -30,6 +30,8 @@ from bitpress.engine.recipe import Recipe
 LENGTH, WORDS = 32, 6000
 SCORES = ("k-prune", "kwon", "mope", "llm-pruner", "flap", "wanda-structured", "magnitude-structured")
 
+REPAIRED = (("k-prune", "none"), ("k-prune", "catch_up"), ("kwon", "least_squares"))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -115,7 +117,7 @@ def main(asked: argparse.Namespace) -> None:
     rows = [row("dense", dense_S, dense_S, judged, 1.0, 0.0)]
     say(rows[0])
     for remove in asked.remove:
-        for name, own in [(name, {}) for name in SCORES] + [("k-prune", {"repair": "none"}), ("kwon", {"repair": "least_squares"})]:
+        for name, own in [(name, {}) for name in asked.scores] + [(name, {"repair": repair}) for name, repair in REPAIRED if name in asked.scores]:
             began, plan = time.perf_counter(), {"model": "encoder", "stages": [{"method": name, "options": {"remove": remove, **own}}]}
             made = compress(loaded, Recipe.from_dict(plan), calibration=sample)
             kept = made.recipe.reduced(loaded.anatomy).linear_params / loaded.anatomy.linear_params
@@ -139,4 +141,5 @@ if __name__ == "__main__":
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--sentences", type=int, default=512)
     parser.add_argument("--remove", type=float, nargs="+", default=[0.4, 0.6, 0.8])
+    parser.add_argument("--scores", nargs="+", default=SCORES)
     main(parser.parse_args())

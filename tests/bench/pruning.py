@@ -98,12 +98,12 @@ def windows(loaded: Loaded, count: int, length: int) -> torch.Tensor:
 
 def unstructured(bench: Bench, asked: argparse.Namespace) -> None:
     """Half of all weights at zero, anywhere and in patterns; beside llm-compressor's own on the same tokens."""
-    refitted = {"method": "wanda", "options": {"repair": "least_squares"}}
+    refitted = {"wanda-refitted": {"method": "wanda", "options": {"repair": "least_squares"}}}
     for pattern in asked.patterns:
-        for stage in [*({"method": name} for name in asked.methods), *([refitted] if "wanda" in asked.methods else [])]:
+        for stage in (refitted.get(name, {"method": name}) for name in asked.methods):
             fields = {"schemes": [{"match": "*", "sparsity": {"ratio": 0.5, "pattern": pattern}}], "stages": [stage]}
             bench.add(f"{stage['method']} {pattern} {''.join(stage.get('options', {}).values())}", fields)  # type: ignore[attr-defined]
-        for method in {"wanda", "sparsegpt"} & set(asked.methods):
+        for method in sorted({"wanda", "sparsegpt"} & set(asked.methods)):
             if asked.llmcompressor:
                 rival(bench, asked.llmcompressor, method, pattern)
             else:
@@ -128,13 +128,15 @@ def rival(bench: Bench, python: str, method: str, pattern: str) -> None:
 
 
 def structured(bench: Bench, asked: argparse.Namespace) -> None:
-    """Heads and neurons removed by each score, with its own repair, and K-pruning without its repair and others with it."""
+    """Heads and neurons removed by each score, with its own repair, and K-pruning without its repair, or as the paper has it, and others with it."""
     for remove in asked.remove:
         for name in asked.scores:
             bench.add(f"{name} -{remove:.0%}", staged(name, {"remove": remove, **({"measured": asked.measured} if name == "k-prune" else {})}))
         if "k-prune" in asked.scores:
-            bench.add(f"k-prune without repair -{remove:.0%}", staged("k-prune", {"remove": remove, "measured": asked.measured, "repair": "none"}))
-            bench.add(f"wanda-structured refitted -{remove:.0%}", staged("wanda-structured", {"remove": remove, "repair": "least_squares"}))
+            for repair in asked.ablations:
+                bench.add(f"k-prune, repair {repair} -{remove:.0%}", staged("k-prune", {"remove": remove, "measured": asked.measured, "repair": repair}))
+        for name in asked.refitted:
+            bench.add(f"{name} refitted -{remove:.0%}", staged(name, {"remove": remove, "repair": "least_squares"}))
 
 
 def staged(method: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -180,9 +182,11 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=Path, help="file that keeps the rows, one JSON object a line")
     parser.add_argument("--llmcompressor", help="interpreter of an environment that holds llm-compressor")
     parser.add_argument("--patterns", nargs="+", default=["unstructured", "2:4"])
-    parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "sparsegpt"])
+    parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "sparsegpt", "wanda-refitted"])
     parser.add_argument("--remove", type=float, nargs="+", default=[0.2, 0.4, 0.6])
     parser.add_argument("--scores", nargs="+", default=SCORES)
+    parser.add_argument("--ablations", nargs="*", default=["none", "catch_up"], help="repairs that K-pruning is also tried with")
+    parser.add_argument("--refitted", nargs="*", default=["wanda-structured", "kwon"], help="scores that are also tried with K-pruning's repair")
     parser.add_argument("--measured", default="sublayer", choices=("sublayer", "block", "once"))
     given = parser.parse_args()
     bench = Bench(given)

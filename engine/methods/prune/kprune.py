@@ -2,6 +2,10 @@
 
 The paper is on encoders; on a causal model a head is a key-value group or a query head and a neuron the gated product. At the very first
 sublayer the model still equals its teacher, so that predictive knowledge is zero there and only representational knowledge decides.
+
+The paper fits to the teacher's stream. On a causal model that loses: errors from below reach the predictions by many ways, few of which a sublayer's own
+features can tell, and the fit that comes nearest to the stream (also on text it has not seen) predicts worse than none. So the default fits to what the
+sublayer itself lost, at the tokens that matter; `catch_up` is the paper's.
 """
 
 from typing import Literal
@@ -15,14 +19,29 @@ from bitpress.engine.methods.repair import Repairing
 from bitpress.engine.methods.structured import Scores, StructuredMethod, StructuredOptions, Units, budget_of, remove_bottom_up, select
 from bitpress.engine.model.surgery import get, linear_weight, twin
 from bitpress.engine.scene import Scene
-from bitpress.engine.sublayers import Caught, Key, Loss, Stream, drawn_loss, feature_moments, knowledge_loss, last_matrix, mask_gradients, predicting, task_loss
+from bitpress.engine.sublayers import (
+    Caught,
+    Key,
+    Loss,
+    Stream,
+    drawn_from,
+    drawn_loss,
+    feature_moments,
+    knowledge_loss,
+    last_matrix,
+    mask_gradients,
+    predicting,
+    task_loss,
+)
 
 
 class KPruneOptions(StructuredOptions):
     """Weights of the two kinds of knowledge, and how often they are measured."""
 
     repair: Repairing = Field(
-        default="least_squares", title="Repair", description="K-pruning refits the last matrix of each sublayer to what the model put out before."
+        default="least_squares",
+        title="Repair",
+        description="K-pruning refits the last matrix of each sublayer to what the sublayer did before, or, as in the paper, to what the model did there.",
     )
     measured: Literal["sublayer", "block", "once"] = Field(
         default="sublayer",
@@ -89,12 +108,18 @@ class Knowledge:
         self.scene, self.units, self.options = scene, units, options
         self.teacher = scorer_of(twin(scene.model))
         with torch.no_grad():
-            self.taught = [predicting(self.teacher.hidden(ids_BL)) for ids_BL in scene.batches()]
+            taught = [predicting(self.teacher.hidden(ids_BL)) for ids_BL in scene.batches()]
+        temperature = options.temperature
+        self.losses: list[Loss]  # of every batch; made once, for the teacher stays as it is
+        if options.predictive_from == "drift":
+            self.losses = [knowledge_loss(self.teacher, taught_PD, temperature) for taught_PD in taught]
+        elif options.predictive_from == "drawn":
+            self.losses = [drawn_loss(drawn_from(self.teacher, each_PD, temperature, number), temperature) for number, each_PD in enumerate(taught)]
 
     def scores(self, keys: list[Key], student: Stream | None) -> Scores:
         """(lam_rep K_rep + lam_pred K_pred) / F of every unit of these sublayers, heads times their weight; each kind as a share of its sum."""
         options = self.options
-        predictive, representational = shares(self.predictive(keys, student)), shares(self.representational(keys))
+        predictive, representational = shares(self.predictive(keys, student)), shares(self.representational(keys, student))
         found: Scores = {}
         for key in keys:
             value_F = options.representational * representational[key] + options.predictive * predictive[key]
@@ -114,13 +139,11 @@ class Knowledge:
     def _loss(self, number: int, ids_BL: Tensor) -> Loss:
         if self.options.predictive_from == "text":
             return task_loss(self.scene.model, ids_BL)
-        if self.options.predictive_from == "drift":
-            return knowledge_loss(self.teacher, self.taught[number], self.options.temperature)
-        return drawn_loss(self.teacher, self.taught[number], self.options.temperature, number)
+        return self.losses[number]
 
-    def representational(self, keys: list[Key]) -> dict[Key, Tensor]:
+    def representational(self, keys: list[Key], student: Stream | None = None) -> dict[Key, Tensor]:
         """Per feature: its mean square, over that of the residual stream token by token, times the mean square of its column of the last matrix."""
-        moments, anatomy = feature_moments(self.scene, keys, self.options.skip_first, weigh=True), self.scene.anatomy
+        moments, anatomy = feature_moments(self.scene, keys, self.options.skip_first, True, student), self.scene.anatomy
 
         def column_squares(key: Key) -> Tensor:
             return linear_weight(get(self.scene.model, last_matrix(anatomy, key).name)).double().square().mean(0)

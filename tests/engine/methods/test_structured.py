@@ -13,8 +13,8 @@ from bitpress.engine.calibration_set import CalibrationSet
 from bitpress.engine.compress import compress
 from bitpress.engine.errors import InputError
 from bitpress.engine.methods import registry
-from bitpress.engine.methods.repair import judging, least_squares, repaired, rescaling, sums_of
-from bitpress.engine.methods.structured import StructuredMethod, StructuredOptions, Units, budget_of, select
+from bitpress.engine.methods.repair import FITS, as_normed, judging, least_squares, repaired, rescaling, sums_of
+from bitpress.engine.methods.structured import StructuredMethod, StructuredOptions, Units, budget_of, remove_bottom_up, select
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.scene import Scene
@@ -24,7 +24,7 @@ Build = Callable[..., Loaded]
 IDS = torch.randint(2, 300, (6, 24), generator=torch.Generator().manual_seed(1))
 TOKENS = CalibrationSet("made up", 0, "sha", IDS)
 NAMES = [name for name, method in registry.all_methods().items() if isinstance(method, StructuredMethod)]
-REPAIRS = ("none", "bias", "rescale", "least_squares")
+REPAIRS = ("none", "bias", "rescale", "least_squares", "catch_up")
 
 
 def made(loaded: Loaded, method: str, options: dict[str, Any], **fields: Any) -> Any:
@@ -64,7 +64,7 @@ def test_every_repair_with_every_unit(in_memory: Build, repair: str, unit: str) 
     assert linear_share(result.recipe, loaded) <= 0.75  # a single head carries a part of its keys and values, which stay with its group
     plain = made(loaded, "wanda-structured", {"remove": 0.3, "unit": unit, "multiple": 2})
     assert result.recipe.structure.remove_neurons == plain.recipe.structure.remove_neurons
-    if repair == "least_squares":
+    if repair in FITS:
         assert drift(loaded, result.model) < 0.7 * drift(loaded, plain.model)
 
 
@@ -109,7 +109,7 @@ def test_repairs_are_what_they_say() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 50, 6, generator=generator) + 0.5, torch.randn(3, 6, generator=generator)
     wanted, goal = x @ weight.t(), torch.randn(2, 50, 3, generator=generator)
-    sums, kept, groups = sums_of([x], [wanted], [goal]), torch.tensor([0, 2, 3, 5]), torch.tensor([0, 0, 1, 2])
+    sums, kept, groups = sums_of([x], [wanted], as_normed([goal])), torch.tensor([0, 2, 3, 5]), torch.tensor([0, 0, 1, 2])
     weigh_M1 = 1 / goal.flatten(0, 1).square().mean(1, keepdim=True).sqrt()  # as the next norm does
     x_MF, y_Md = weigh_M1 * x.flatten(0, 1), weigh_M1 * wanted.flatten(0, 1)
     fitted = least_squares(kept, sums, weight[:, kept], ridge=0.0)
@@ -117,7 +117,7 @@ def test_repairs_are_what_they_say() -> None:
     assert torch.allclose(fitted, expected, atol=1e-3)
     near = repaired("least_squares", weight, kept, groups, sums)[0]
     assert (near - weight[:, kept]).norm() < (fitted - weight[:, kept]).norm()
-    short = sums_of([x[:, :2]], [wanted[:, :2]], [goal[:, :2]])  # 4 tokens, fewer than the 6 features
+    short = sums_of([x[:, :2]], [wanted[:, :2]], as_normed([goal[:, :2]]))  # 4 tokens, fewer than the 6 features
     assert (least_squares(torch.arange(6), short, weight) - weight).abs().max() < 1e-4, "nothing has gone: nothing changes"
     same, bias = repaired("bias", weight, kept, groups, sums)
     assert torch.equal(same, weight[:, kept])
@@ -133,14 +133,29 @@ def test_repairs_are_what_they_say() -> None:
     assert torch.allclose(scale, 1 + change, atol=1e-4)
 
 
+def test_a_fit_aims_at_what_its_sublayer_lost_and_catching_up_at_what_all_below_lost_too(in_memory: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the neurons of block 0 go and nothing else: only catching up changes the matrices above."""
+    monkeypatch.setattr("bitpress.engine.scene.compute_dtype", lambda device: torch.float32)
+    changed = {}
+    for repair in FITS:
+        scene = Scene(in_memory("llama"), Recipe(model="llama"), IDS)
+        units, before = Units(scene, StructuredOptions()), dict(scene.model.named_parameters())
+        kept = {key: list(range(units.count(key) // (1 + (key == Key(0, "neurons"))))) for key in units.keys}
+        remove_bottom_up(scene, units, lambda key, *_, kept=kept: kept[key], repair)
+        after = scene.model.named_parameters()
+        changed[repair] = {name for name, weight in after if weight.shape == before[name].shape and not torch.allclose(weight, before[name], atol=1e-5)}
+    assert changed["least_squares"] == set()
+    assert "model.layers.1.self_attn.o_proj.weight" in changed["catch_up"]
+
+
 def test_one_token_that_is_huge_in_the_stream_does_not_decide_the_fit() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, kept = torch.randn(1, 60, 4, generator=generator), torch.randn(3, 4, generator=generator), torch.tensor([0, 1, 2])
     wanted, goal = x @ weight.t(), torch.randn(1, 60, 3, generator=generator)
-    alone = least_squares(kept, sums_of([x[:, 1:]], [wanted[:, 1:]], [goal[:, 1:]]), weight[:, kept])
+    alone = least_squares(kept, sums_of([x[:, 1:]], [wanted[:, 1:]], as_normed([goal[:, 1:]])), weight[:, kept])
     wanted[:, 0] += 20_000
     goal[:, 0] += 20_000
-    assert (least_squares(kept, sums_of([x], [wanted], [goal]), weight[:, kept]) - alone).abs().max() < 0.1
+    assert (least_squares(kept, sums_of([x], [wanted], as_normed([goal])), weight[:, kept]) - alone).abs().max() < 0.1
 
 
 def test_a_fit_that_learns_noise_by_heart_is_not_taken() -> None:
@@ -148,16 +163,16 @@ def test_a_fit_that_learns_noise_by_heart_is_not_taken() -> None:
     generator = torch.Generator().manual_seed(2)
     kept, old = torch.arange(24), torch.zeros(3, 24)
     x = [torch.randn(2, 8, 24, generator=generator) for _ in range(4)]
-    noise, goal = [torch.randn(2, 8, 3, generator=generator) for _ in range(4)], [torch.ones(2, 8, 3)] * 4
+    noise, alike = [torch.randn(2, 8, 3, generator=generator) for _ in range(4)], [torch.ones(2, 8)] * 4
     told = [part @ torch.ones(24, 3) for part in x]
     groups = torch.arange(24)
-    held = judging(x, noise, goal)
+    held = judging(x, noise, alike)
     assert held is not None
-    assert repaired("least_squares", old, kept, groups, sums_of(x, noise, goal))[0].norm() > 1
-    assert repaired("least_squares", old, kept, groups, sums_of(x, noise, goal), held)[0].norm() < 1
-    found = repaired("least_squares", old, kept, groups, sums_of(x, told, goal), judging(x, told, goal))[0]
+    assert repaired("least_squares", old, kept, groups, sums_of(x, noise, alike))[0].norm() > 1
+    assert repaired("least_squares", old, kept, groups, sums_of(x, noise, alike), held)[0].norm() < 1
+    found = repaired("least_squares", old, kept, groups, sums_of(x, told, alike), judging(x, told, alike))[0]
     assert torch.allclose(found, torch.ones(3, 24), atol=0.1)
-    assert judging(x[:3], noise[:3], goal[:3]) is None
+    assert judging(x[:3], noise[:3], alike[:3]) is None
 
 
 def test_a_stream_reaches_what_the_model_reaches(in_memory: Build) -> None:
