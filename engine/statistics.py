@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-GRAM_SPAN = 256  # inputs whose products with all later ones are one matrix product
+from bitpress.kernels.outer import add_outer
 
 
 class Statistic(Protocol):
@@ -40,19 +40,17 @@ class SecondMoment:
 
 
 class Gram:
-    """E[x_i x_j] of every pair of inputs: float64 [K, K]. Products are of float32 rows, a batch at a time, and of one triangle only."""
+    """E[x_i x_j] of every pair of inputs: float64 [K, K]. Products are exact, sums float32 within a batch, and of one triangle only."""
 
     def __init__(self) -> None:
-        self.total_KK: Tensor | None = None  # what lies below the diagonal's squares is left at 0
+        self.total_KK: Tensor | None = None  # only on and above its diagonal
         self.rows = 0
 
     def add(self, x_MK: Tensor) -> None:
         """Add the outer products of M rows."""
-        rows, width = x_MK.float(), x_MK.shape[1]
         if self.total_KK is None:
-            self.total_KK = torch.zeros(width, width, dtype=torch.float64, device=x_MK.device)
-        for start in range(0, width, GRAM_SPAN):
-            self.total_KK[start : start + GRAM_SPAN, start:] += rows[:, start : start + GRAM_SPAN].t() @ rows[:, start:]
+            self.total_KK = torch.zeros(x_MK.shape[1], x_MK.shape[1], dtype=torch.float64, device=x_MK.device)
+        add_outer(self.total_KK, x_MK, x_MK, upper=True)
         self.rows += len(x_MK)
 
     def result(self) -> Tensor:
