@@ -96,6 +96,18 @@ def test_fused_attention_keeps_its_heads_and_says_why(in_memory: Callable[..., L
     assert "fused" in said({"structure": {"remove_heads": {0: [0]}}}, loaded.anatomy)
 
 
+@pytest.mark.parametrize("repair", ["none", "least_squares"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3"])
+def test_the_remedy_for_fused_attention_works(in_memory: Callable[..., Loaded], family: str, repair: str) -> None:
+    """Neurons go by any score, with any repair, where the heads cannot."""
+    loaded = in_memory(family)
+    plan = {"model": family, "structure": {"neurons": {"keep": 0.5}}, "stages": [{"method": "k-prune", "options": {"repair": repair}}]}
+    made = compress(loaded, Recipe.from_dict(plan), calibration=TOKENS)
+    reduced = made.recipe.reduced(loaded.anatomy)
+    assert {reduced.units_of(block).neurons for block in reduced.present} == {loaded.anatomy.ffn // 2}
+    assert made.model(input_ids=TOKENS.ids_SL).logits.isfinite().all()
+
+
 def test_surgery_refuses_nothing_left(in_memory: Callable[..., Loaded]) -> None:
     loaded = in_memory("llama")
     with pytest.raises(InputError, match=r"heads of block 1 cannot be removed\. No head would stay"):
