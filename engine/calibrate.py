@@ -69,7 +69,7 @@ def walk(
             names = {name: get(model, name) for name in group if requests.get(name)}
             listener = _Listener({name: requests[name] for name in names}, weights or {})
             if names or not sequential:
-                with listener.listening(block, names):
+                with listener.listening(block, names, stop=sequential):
                     _advance(block, hidden, calls[index], dtype, should_stop, keep=not sequential)
             on_block(index, listener.results())
         if sequential and index + 1 < len(blocks):
@@ -229,7 +229,10 @@ def _advance(block: nn.Module, hidden: list[Tensor], calls: dict[int, Call], dty
             if should_stop():
                 raise Cancelled
             call = calls[len(x_BLd)]
-            output = block(x_BLd, *call.args, **call.kwargs)
+            try:
+                output = block(x_BLd, *call.args, **call.kwargs)
+            except _Heard:
+                continue
             if keep:
                 hidden[index] = output if isinstance(output, Tensor) else output[0]
 
@@ -264,6 +267,10 @@ class Stream:
         return output if isinstance(output, Tensor) else output[0]
 
 
+class _Heard(Exception):
+    """Not an error: every layer that is listened to has been heard, and the rest of the block's forward is not needed."""
+
+
 class _Listener:
     """Feeds statistics from the inputs of one block's layers. Layers that read the same tensor (q, k and v) share each statistic."""
 
@@ -274,10 +281,13 @@ class _Listener:
         self.kept: dict[tuple[str, str], Statistic] = {}  # (leader, statistic's name)
         self.inputs: dict[int, tuple[Tensor, str]] = {}  # of the forward under way; the tensor is held so that its id stays its own
         self.fed: set[tuple[str, str]] = set()
+        self.heard: list[str] = []  # of the forward under way, in order
+        self.once = False  # whether the first forward came by each layer exactly once, so that no other will come by one again
 
     @contextmanager
-    def listening(self, block: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
-        """Hear the inputs of these layers of the block."""
+    def listening(self, block: nn.Module, layers: dict[str, nn.Module], stop: bool) -> Iterator[None]:
+        """Hear the inputs of these layers of the block; with `stop` a forward ends in `_Heard` when it has come by all of them."""
+        self.stop = stop
         handles = [block.register_forward_pre_hook(lambda module, args: self._begin(len(args[0])))]
         handles += [module.register_forward_pre_hook(self._hook(name)) for name, module in layers.items()]
         try:
@@ -298,13 +308,19 @@ class _Listener:
 
     def _begin(self, sequences: int) -> None:
         """A new batch enters the block."""
+        if self.heard and self.sequences.start == 0:
+            self.once = sorted(self.heard) == sorted(self.wanted)
         self.sequences = range(self.sequences.stop, self.sequences.stop + sequences)
+        self.heard.clear()
         self.inputs.clear()
         self.fed.clear()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hear(module: nn.Module, args: tuple[Any, ...]) -> None:
             self._hear(name, args[0])
+            self.heard.append(name)
+            if self.stop and self.once and len(self.heard) == len(self.wanted):
+                raise _Heard
 
         return hear
 

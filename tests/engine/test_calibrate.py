@@ -53,6 +53,28 @@ def test_moments_equal_those_of_a_plain_forward(any_tiny, sequential):
         torch.testing.assert_close(found[layer], expected[layer], rtol=1e-4, atol=1e-7)
 
 
+def test_a_forward_for_statistics_ends_at_the_last_layer_that_was_asked_for(tiny_models):
+    model = tiny_models("llama")
+    anatomy = anatomy_of(model, "tiny")
+    runs = {part.name: 0 for part in anatomy.linears}
+
+    def count(name):
+        def ran(*_):
+            runs[name] += 1
+
+        return ran
+
+    handles = [get(model, name).register_forward_hook(count(name)) for name in runs]
+    walk(model, anatomy, IDS, {part.name: {"second_moment"} for part in anatomy.linears if part.role == "o"}, lambda *_: None, batch=2)
+    for handle in handles:
+        handle.remove()
+    last = max(part.block for part in anatomy.linears)
+    entering = 1  # the first block also runs once to learn what blocks put out
+    for part in anatomy.linears:
+        statistics, outputs = (3 if part.role in "qkv" else 1), (3 if part.block < last else 0)
+        assert runs[part.name] == statistics + outputs + (entering if part.block == 0 else 0), part.name
+
+
 def test_gram_has_the_second_moments_on_its_diagonal_and_is_the_mean_outer_product(tiny_models):
     model = tiny_models("llama")
     anatomy = anatomy_of(model, "tiny")
