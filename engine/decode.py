@@ -22,6 +22,7 @@ from bitpress.engine.decode_plain import TransformersLoop
 from bitpress.engine.errors import InputError
 from bitpress.engine.model.load import compute_dtype
 from bitpress.kernels import cpu_step
+from bitpress.kernels.attention import attend_back, attends
 from bitpress.kernels.cpu_token import BlockParts, EndParts, TokenStep
 from bitpress.kernels.rows import join
 
@@ -351,6 +352,8 @@ class _OwnLoop:
         return F.scaled_dot_product_attention(query, keys, values, scale=self.scale).view(1, -1)
 
     def _mix(self, query_THC: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        if attends(query_THC.transpose(0, 1)[None], keys, values):
+            return attend_back(query_THC.transpose(0, 1)[None], keys, values, self.scale).view(len(query_THC), -1)
         length, repeats = len(query_THC), query_THC.shape[1] // keys.shape[1]
         keys, values = (side.to(query_THC.dtype).repeat_interleave(repeats, dim=1) for side in (keys, values))
         query, mask = query_THC.transpose(0, 1)[None], None

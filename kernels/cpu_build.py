@@ -17,11 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-_SOURCES = ("lowbit", "table", "binary", "sparse", "panel", "step", "token", "stream", "cache", "outer")
-_HEADERS = ("bf16", "rows", "lanes", "lowbit", "meeting", "attend", "step", "cache")
+_SOURCES = ("lowbit", "table", "binary", "sparse", "panel", "step", "token", "stream", "cache", "outer", "attention")
+_HEADERS = ("bf16", "rows", "lanes", "panel", "lowbit", "meeting", "attend", "step", "cache")
 SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}.cpp") for name in _SOURCES)
 HEADERS = tuple(Path(__file__).with_name(f"cpu_{name}.h") for name in _HEADERS)
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fopenmp", "-std=c++17", "-fPIC")
 BUILD_SECONDS = 180
 PANEL_ROWS = 24  # from here on making a weight bfloat16 once costs less than multiplying its code for every row
 _reason = ""
@@ -119,6 +119,8 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
         lib.bitpress_panel_linear.argtypes = [*panel, number, number, address, address, address, number, number]
         lib.bitpress_panel_table.argtypes = [*panel, number, address, address, address, number]
         lib.bitpress_panel_binary.argtypes = [*panel, number, number, address, address, number]
+        lib.bitpress_attend_back.argtypes = [*[address] * 5, *[number] * 6, real, number]
+        lib.bitpress_attend_back.restype = None
         lib.bitpress_outer.argtypes, lib.bitpress_outer.restype = [address, address, *[number] * 4, address, number], None
         lib.bitpress_panel_linear.restype = number
         lib.bitpress_panel_table.restype = lib.bitpress_panel_binary.restype = None

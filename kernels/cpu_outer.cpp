@@ -4,33 +4,31 @@
 // together first. A product of two bfloat16 is exact in float32; sums are float32 within a call and float64 between calls.
 // Compiled to nothing where the processor has no bfloat16 dot products.
 //
-// Panel. For every two rows one word a column of the panel, that holds both rows' values: 12 columns of left, 32 of right.
+// Right lies in panels of 32 columns, left in strips of 12 columns.
 
-#include "cpu_rows.h"
+#include "cpu_panel.h"
 
 #if HAS_BF16
 
 namespace {
 
-constexpr int LEFT = 12, RIGHT = 2 * TILE;
+constexpr int STRIP = 12;
 
-int panels_of(int width, int panel) { return (width + panel - 1) / panel; }
+int pieces(int width, int piece) { return (width + piece - 1) / piece; }
 
-// The panel-th `WIDTH` columns of x (rows, width), zeros behind the last column and row.
-template <int WIDTH> void lay(const uint16_t *x, int rows, int width, int panel, uint32_t *to) {
-    const int first = panel * WIDTH, count = std::min(WIDTH, width - first);
-    for (int m = 0; m < rows; m += 2, to += WIDTH) {
-        const uint16_t *even = x + size_t(m) * width + first, *odd = even + width;
-        for (int k = 0; k < count; k++) to[k] = even[k] | (m + 1 < rows ? uint32_t(odd[k]) << 16 : 0u);
-        std::fill(to + count, to + WIDTH, 0u);
-    }
-}
-
-template <int WIDTH> void lay_all(const uint16_t *x, int rows, int width, std::vector<uint32_t> &room, int threads) {
+// x (rows, width) in pieces of WIDTH columns, one after the other.
+template <int WIDTH> void lay(const uint16_t *x, int rows, int width, std::vector<uint32_t> &room, int threads) {
     const size_t size = size_t(rows + 1) / 2 * WIDTH;
-    room.resize(size * panels_of(width, WIDTH));
+    room.resize(size * pieces(width, WIDTH));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int panel = 0; panel < panels_of(width, WIDTH); panel++) lay<WIDTH>(x, rows, width, panel, &room[size * panel]);
+    for (int piece = 0; piece < pieces(width, WIDTH); piece++) {
+        const int first = piece * WIDTH, count = std::min(WIDTH, width - first);
+        uint32_t *to = &room[size * piece];
+        for (int m = 0; m < rows; m += 2, to += WIDTH) {
+            const uint16_t *even = x + size_t(m) * width + first;
+            lay_two(even, m + 1 < rows ? even + width : nullptr, count, WIDTH, to);
+        }
+    }
 }
 
 struct Sums {
@@ -38,42 +36,32 @@ struct Sums {
     int pairs, lefts, rights;
 };
 
-// One panel of each: their columns' products, summed over all rows and added to the totals.
-void panel_times_panel(const Sums &s, int i, int j, const uint32_t *left, const uint32_t *right) {
-    __m512 sum[LEFT][2];
-    for (auto &each : sum) each[0] = each[1] = _mm512_setzero_ps();
-    for (int m = 0; m < s.pairs; m++, left += LEFT, right += RIGHT) {
-        const __m512bh first = (__m512bh)_mm512_loadu_si512(right), second = (__m512bh)_mm512_loadu_si512(right + TILE);
-        for (int n = 0; n < LEFT; n++) {
-            const __m512bh two = (__m512bh)_mm512_set1_epi32(int(left[n]));
-            sum[n][0] = _mm512_dpbf16_ps(sum[n][0], first, two);
-            sum[n][1] = _mm512_dpbf16_ps(sum[n][1], second, two);
-        }
-    }
-    float each[RIGHT];
-    for (int n = 0; n < std::min(LEFT, s.lefts - i * LEFT); n++) {
-        _mm512_storeu_ps(each, sum[n][0]), _mm512_storeu_ps(each + TILE, sum[n][1]);
-        double *to = s.total + size_t(i * LEFT + n) * s.rights + j * RIGHT;
-        for (int k = 0; k < std::min(RIGHT, s.rights - j * RIGHT); k++) to[k] += each[k];
+// A strip times a panel, over all rows, added to the totals.
+void strip_times_panel(const Sums &s, int i, int j, const uint32_t *strip, const uint32_t *panel) {
+    float out[STRIP * PANEL];
+    rows_times_panel<STRIP>(panel, s.pairs, [&](int n, int m) { return strip[size_t(m) * STRIP + n]; }, out);
+    for (int n = 0; n < std::min(STRIP, s.lefts - i * STRIP); n++) {
+        double *to = s.total + size_t(i * STRIP + n) * s.rights + j * PANEL;
+        for (int k = 0; k < std::min(PANEL, s.rights - j * PANEL); k++) to[k] += out[n * PANEL + k];
     }
 }
 
 }  // namespace
 
-// total (lefts, rights) += left^T right, of left (rows, lefts) and right (rows, rights). With `upper` only panels that reach the diagonal
-// or lie above it are added.
+// total (lefts, rights) += left^T right, of left (rows, lefts) and right (rows, rights). With `upper` only what lies
+// on or above the diagonal need be right.
 extern "C" void bitpress_outer(const uint16_t *left, const uint16_t *right, int rows, int lefts, int rights, int upper, double *total, int threads) {
-    thread_local std::vector<uint32_t> left_room, right_room;
-    lay_all<LEFT>(left, rows, lefts, left_room, threads);
-    lay_all<RIGHT>(right, rows, rights, right_room, threads);
+    thread_local std::vector<uint32_t> strips, panels;
+    lay<STRIP>(left, rows, lefts, strips, threads);
+    lay<PANEL>(right, rows, rights, panels, threads);
     const Sums sums{total, (rows + 1) / 2, lefts, rights};
-    const uint32_t *lefts_laid = left_room.data(), *rights_laid = right_room.data();
+    const uint32_t *const first_strip = strips.data(), *const first_panel = panels.data();  // of this thread's rooms, for all threads
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (int back = 0; back < panels_of(rights, RIGHT); back++) {
-        const int j = panels_of(rights, RIGHT) - 1 - back;  // the longest columns of a triangle first, so that threads end together
-        const int below = upper ? std::min(lefts, (j + 1) * RIGHT) : lefts;
-        for (int i = 0; i * LEFT < below; i++)
-            panel_times_panel(sums, i, j, lefts_laid + size_t(i) * sums.pairs * LEFT, rights_laid + size_t(j) * sums.pairs * RIGHT);
+    for (int back = 0; back < pieces(rights, PANEL); back++) {
+        const int j = pieces(rights, PANEL) - 1 - back;  // the longest columns of a triangle first, so that threads end together
+        const int below = upper ? std::min(lefts, (j + 1) * PANEL) : lefts;
+        for (int i = 0; i * STRIP < below; i++)
+            strip_times_panel(sums, i, j, first_strip + size_t(i) * sums.pairs * STRIP, first_panel + size_t(j) * sums.pairs * PANEL);
     }
 }
 

@@ -3,16 +3,15 @@
 // With hundreds of rows multiplying is what costs, and bfloat16 dot products are the fastest there are; a panel is small enough
 // for the second-level cache and is used by all rows before the next one is made, so that no dense copy of a matrix exists. A panel's
 // weights are those of the oracle, rounded to bfloat16. Compiled to nothing where the processor has no bfloat16 dot products.
-//
-// Panel. For every two inputs 32 words, one an output row, that hold both weights: what one dot product per 16 rows takes.
 
 #include "cpu_lanes.h"
+#include "cpu_panel.h"
 
 #if HAS_BF16
 
 namespace {
 
-constexpr int CHUNK = 32, PANEL = 2 * TILE;
+constexpr int CHUNK = 32;
 
 struct Product {
     const void *x;
@@ -28,24 +27,9 @@ inline __m512i paired(__m512 even, __m512 odd) {
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
-// MB rows of x times one panel.
-template <int MB> void rows_times_panel(const uint32_t *panel, int pairs, const uint32_t *const *x, float *out) {
-    __m512 sum[MB][2];
-    for (auto &each : sum) each[0] = each[1] = _mm512_setzero_ps();
-    for (int k = 0; k < pairs; k++) {
-        const __m512bh first = (__m512bh)_mm512_load_si512(panel + size_t(k) * PANEL), second = (__m512bh)_mm512_load_si512(panel + size_t(k) * PANEL + TILE);
-        for (int m = 0; m < MB; m++) {
-            const __m512bh two = (__m512bh)_mm512_set1_epi32(int(x[m][k]));
-            sum[m][0] = _mm512_dpbf16_ps(sum[m][0], first, two);
-            sum[m][1] = _mm512_dpbf16_ps(sum[m][1], second, two);
-        }
-    }
-    for (int m = 0; m < MB; m++) _mm512_storeu_ps(out + m * PANEL, sum[m][0]), _mm512_storeu_ps(out + m * PANEL + TILE, sum[m][1]);
-}
-
 template <int MB> int some_rows(const Product &p, const uint32_t *panel, int tile, int first, const uint32_t *const *x) {
     float out[MB * PANEL];
-    rows_times_panel<MB>(panel, p.padded() / 2, x + first, out);
+    rows_times_panel<MB>(panel, p.padded() / 2, [&](int m, int k) { return x[first + m][k]; }, out);
     const int at = tile * TILE, count = std::min(PANEL, p.outputs - at);
     for (int m = 0; m < MB; m++) store(p.y, true, size_t(first + m) * p.outputs + at, out + m * PANEL, count);
     return first + MB;

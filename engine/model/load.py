@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from bitpress.engine.errors import BitpressError, InputError
 from bitpress.engine.model import local
 from bitpress.engine.model.anatomy import Anatomy
+from bitpress.engine.model.attention import use_own
 from bitpress.engine.model.inspect import anatomy_of
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
@@ -60,6 +61,7 @@ def load(path_or_id: str | Path, dtype: torch.dtype | None = None, device: str |
     model = _read(folder, dtype)
     _check_finite(model, folder)
     model.eval().requires_grad_(False)
+    use_own(model)
     tokenizer = load_tokenizer(folder)
     return Loaded(model.to(device) if device else model, tokenizer, anatomy_of(model, model_id), folder, model_id)
 
