@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 _SOURCES = ("lowbit", "table", "binary", "sparse", "panel", "step", "token", "stream", "cache", "outer", "attention")
-_HEADERS = ("bf16", "rows", "lanes", "panel", "lowbit", "meeting", "attend", "step", "cache")
+_HEADERS = ("bf16", "rows", "lanes", "panel", "lowbit", "meeting", "attend", "step", "cache", "cache_rows", "cache_codes", "cache_panel")
 SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}.cpp") for name in _SOURCES)
 HEADERS = tuple(Path(__file__).with_name(f"cpu_{name}.h") for name in _HEADERS)
 FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fopenmp", "-std=c++17", "-fPIC")

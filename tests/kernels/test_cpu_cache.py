@@ -88,6 +88,27 @@ def test_one_token_over_any_form(sides: tuple[Any, ...], tokens: int) -> None:
     assert float((found.view(HEADS, -1).float() - wanted).norm() / wanted.norm()) < NEAR
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize(("heads", "kv_heads", "channels", "group"), [(9, 3, 64, 32), (8, 1, 32, 64), (5, 5, 48, 32), (4, 2, 64, "row")])
+def test_codes_are_multiplied_as_what_they_stand_for(bits: int, heads: int, kv_heads: int, channels: int, group: int | str) -> None:
+    torch.manual_seed(bits)
+    tokens, width, flat = 107, kv_heads * channels, (torch.ones(channels), torch.zeros(channels))
+    keys = rows_of({"bits": bits, "axis": "channel", "group_size": 32}, width, tokens + 40, 7)
+    values = rows_of({"bits": bits, "axis": "token", "group_size": group}, width, tokens + 40, 7)
+    places = [rows.in_place(None, False) for rows in (keys, values)]
+    loud = torch.linspace(0.1, 3, width)  # channels of unlike size, as keys have
+    for rows, place in zip((keys, values), places, strict=True):
+        rows.append((torch.randn(tokens - 1, width) * loud + 1).bfloat16())
+        place.count, place.filled = rows.counts
+    qkv = torch.randn(1, heads * channels + 2 * width).bfloat16()
+    found = cpu_cache.attend(qkv, *flat, torch.zeros(4, 2, channels // 2, 32), *places, heads, kv_heads, channels**-0.5)
+    for rows, place in zip((keys, values), places, strict=True):
+        rows.counts = place.count, place.filled
+    held = (rows.read().float().view(tokens, kv_heads, channels).repeat_interleave(heads // kv_heads, 1).transpose(0, 1) for rows in (keys, values))
+    wanted = F.scaled_dot_product_attention(qkv[0, : heads * channels].float().view(heads, 1, channels), *held)[:, 0]
+    assert float((found.view(heads, -1).float() - wanted).norm() / wanted.norm()) < NEAR / 2
+
+
 def test_codes_are_those_of_torch_to_the_bit() -> None:
     torch.manual_seed(0)
     for scheme, width in ((BY_CHANNEL[0], 24), (BY_TOKEN[1], 32), (BY_TOKEN[0], 40)):
