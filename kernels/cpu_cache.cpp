@@ -32,6 +32,36 @@ inline float dot(const float *a, const float *b, int count) {
     return rest;
 }
 
+#if HAS_BF16
+// Products of one row with S queries, each left as 16 sums, (S, 16, 16) apart.
+template <int S> void multiply_row(const uint16_t *row, const uint16_t *queries, int channels, float *partial) {
+    __m512 sum[S];
+    for (auto &each : sum) each = _mm512_setzero_ps();
+    for (int c = 0; c < channels; c += SPAN) {
+        const __mmask32 there = channels - c >= SPAN ? ~0u : (1u << (channels - c)) - 1;
+        const __m512bh key = (__m512bh)_mm512_maskz_loadu_epi16(there, row + c);
+        for (int h = 0; h < S; h++) sum[h] = _mm512_dpbf16_ps(sum[h], key, (__m512bh)_mm512_maskz_loadu_epi16(there, queries + h * channels + c));
+    }
+    for (int h = 0; h < S; h++) _mm512_storeu_ps(partial + h * HALF * TILE, sum[h]);
+}
+
+// The sums of sixteen rows of sixteen.
+inline __m512 sums_of(const float *rows) {
+    __m512 four[4];
+    for (int i = 0; i < 4; i++) {
+        __m512 two[2];
+        for (int j = 0; j < 2; j++) {
+            const __m512 first = _mm512_loadu_ps(rows + (4 * i + 2 * j) * TILE), second = _mm512_loadu_ps(rows + (4 * i + 2 * j + 1) * TILE);
+            two[j] = _mm512_add_ps(_mm512_unpacklo_ps(first, second), _mm512_unpackhi_ps(first, second));
+        }
+        const __m512d low = _mm512_castps_pd(two[0]), high = _mm512_castps_pd(two[1]);
+        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+    }
+    const auto folded = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); };
+    return folded(folded(four[0], four[1]), folded(four[2], four[3]));
+}
+#endif
+
 // Scores of S heads, `seen` apart, of the 32 tokens of a tile (channels, 32).
 template <int S> void score_heads(const float *queries, const float *tile, int channels, int seen, int count, float *scores) {
     Reals sum[S][2] = {};
@@ -44,6 +74,31 @@ template <int S> void score_heads(const float *queries, const float *tile, int c
         else std::memcpy(scores + size_t(h) * seen, sum[h], sizeof(float) * count);
     }
 }
+
+#if HAS_BF16
+// Adds 32 rows, weighed by bfloat16 shares (S, 32), to what S heads have mixed: two tokens to a product, sums in registers.
+template <int S> void mix_whole(const uint16_t *rows, size_t row, const uint16_t *shares, int width, int stride, float *mixed) {
+    const __m512i natural = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    for (int e = 0; e < width; e += TILE) {
+        const __mmask32 there = width - e >= TILE ? 0xffffu : (1u << (width - e)) - 1;
+        __m512 sum[S];
+#pragma GCC unroll 12
+        for (int h = 0; h < S; h++) sum[h] = _mm512_loadu_ps(mixed + size_t(h) * stride + e);
+        for (int t = 0; t < SPAN; t += 2) {
+            const __m512i first = _mm512_maskz_loadu_epi16(there, rows + t * row + e), second = _mm512_maskz_loadu_epi16(there, rows + (t + 1) * row + e);
+            const __m512bh both = (__m512bh)_mm512_permutex2var_epi16(first, natural, second);
+#pragma GCC unroll 12
+            for (int h = 0; h < S; h++) {
+                int32_t two;
+                std::memcpy(&two, shares + h * SPAN + t, 4);
+                sum[h] = _mm512_dpbf16_ps(sum[h], both, (__m512bh)_mm512_set1_epi32(two));
+            }
+        }
+#pragma GCC unroll 12
+        for (int h = 0; h < S; h++) _mm512_storeu_ps(mixed + size_t(h) * stride + e, sum[h]);
+    }
+}
+#endif
 
 // Adds 8 rows, weighed by the shares (S, 8), to what S heads have mixed, each `stride` wide.
 template <int S> void mix_heads(const float *rows, const float *shares, int width, int stride, float *mixed) {
@@ -58,13 +113,10 @@ template <int S> void mix_heads(const float *rows, const float *shares, int widt
     }
 }
 
-// Calls made(first head, how many) for heads in runs of at most 4, the count as a constant.
-template <class Made> void in_runs(int heads, const Made &made) {
-    int h = 0;
-    for (; heads - h >= 4; h += 4) made(h, std::integral_constant<int, 4>{});
-    if (heads - h == 3) made(h, std::integral_constant<int, 3>{});
-    if (heads - h == 2) made(h, std::integral_constant<int, 2>{});
-    if (heads - h == 1) made(h, std::integral_constant<int, 1>{});
+// Calls made(first head, how many) for heads in runs of at most MOST, the count as a constant.
+template <int MOST = 4, class Made> void in_runs(int heads, const Made &made, int from = 0) {
+    for (; heads - from >= MOST; from += MOST) made(from, std::integral_constant<int, MOST>{});
+    if constexpr (MOST > 1) if (from < heads) in_runs<MOST - 1>(heads, made, from);
 }
 
 struct Attention {
@@ -85,7 +137,7 @@ struct Attention {
         if (keys.up) score_latent(first, count, tile, panel);
         else if (first < old && keys.by_channel) score_channels(first, tile);
         else if (first < old || count < SPAN) score_rows(first, count, tile);
-        else score_panel(first, tile, panel);
+        else score_whole(first, tile);
     }
 
     void score_latent(int first, int count, float *tile, uint32_t *panel) const {
@@ -121,18 +173,23 @@ struct Attention {
         });
     }
 
-    // Over 32 whole rows: their panel takes bfloat16 products, a row by itself would end each of its sums in one lane.
-    void score_panel(int first, float *tile, uint32_t *panel) const {
-        const int pairs = channels / 2;
-        read_panel(keys, key_codes, first, SPAN, panel, tile);
-        for (int kv = 0; kv < kv_heads; kv++) {
-            in_runs(shared(), [&](int h, auto run) {
-                const int head = kv * shared() + h;
-                some_keys<run>(rounded + head * channels, channels, panel + size_t(kv) * pairs * SPAN, 0, pairs, tile);
-                for (int i = 0; i < run; i++) std::memcpy(scores_of(head + i, first), tile + i * SPAN, sizeof(float) * SPAN);
-            });
+#if HAS_BF16
+    // Over 32 rows as they are, in the order in which they lie: sixteen tokens' sums end in one register a head. partial: (heads, 16, 16).
+    void score_whole(int first, float *partial) const {
+        for (int half = first; half < first + SPAN; half += HALF) {
+            for (int t = 0; t < HALF; t++)
+                for (int kv = 0; kv < kv_heads; kv++)
+                    in_runs(shared(), [&](int h, auto run) {
+                        const int head = kv * shared() + h;
+                        const uint16_t *key = keys.recent + size_t(half + t - old_tokens(keys)) * keys.width + kv * channels;
+                        multiply_row<run>(key, rounded + head * channels, channels, partial + (head * HALF + t) * TILE);
+                    });
+            for (int head = 0; head < heads; head++) _mm512_storeu_ps(scores_of(head, half), sums_of(partial + head * HALF * TILE));
         }
     }
+#else
+    void score_whole(int first, float *row) const { score_rows(first, SPAN, row); }
+#endif
 
     void score_rows(int first, int count, float *row) const {
         for (int t = 0; t < count; t++) {
@@ -144,16 +201,18 @@ struct Attention {
     int mixed_width() const { return !values.up ? channels : values.each ? values.width / kv_heads : values.width; }
 
     // Calls made(first head, how many, where its numbers begin in a row) for heads that mix the same numbers.
-    template <class Made> void mixing(const Made &made) const {
+    template <int MOST = 4, class Made> void mixing(const Made &made) const {
         const bool common = values.up && !values.each;  // all heads mix whole rows
         for (int kv = 0; kv < (common ? 1 : kv_heads); kv++)
-            in_runs(common ? heads : shared(), [&](int h, auto run) { made(kv * shared() + h, run, kv * mixed_width()); });
+            in_runs<MOST>(common ? heads : shared(), [&](int h, auto run) { made(kv * shared() + h, run, kv * mixed_width()); });
     }
 
     // Adds the shares of 32 tokens' rows to `mixed`, (heads, padded width).
     void mix(int first, float *rows, float *mixed) const {
-        if (!values_as_codes(values, mixed_width()) || first + SPAN > old_tokens(values)) {
-            for (int row = first; row < std::min(seen, first + SPAN); row += ROWS) mix_rows(row, rows, mixed);
+        const int old = old_tokens(values), end = std::min(seen, first + SPAN);
+        if (first >= old && end == first + SPAN) return mix_whole_rows(first, rows, mixed);
+        if (end > old || !values_as_codes(values, mixed_width())) {
+            for (int row = first; row < end; row += ROWS) mix_rows(row, rows, mixed);
             return;
         }
         const int stride = padded(values.width);
@@ -161,6 +220,26 @@ struct Attention {
             mix_codes<run>(values, value_runs, first, from, mixed_width(), scores_of(head, first), seen, stride, mixed + size_t(head) * stride);
         });
     }
+
+#if HAS_BF16
+    // 32 rows as they are, of as many heads as have room for their sums in registers.
+    void mix_whole_rows(int first, float *, float *mixed) const {
+        const int stride = padded(values.width);
+        const uint16_t *held = values.recent + size_t(first - old_tokens(values)) * values.width;
+        mixing<9>([&](int head, auto run, int from) {
+            alignas(64) uint16_t shares[run * SPAN];
+            for (int i = 0; i < run; i++) {
+                const float *at = scores_of(head + i, first);
+                _mm512_store_si512(shares + i * SPAN, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(at + HALF), _mm512_loadu_ps(at)));
+            }
+            mix_whole<run>(held + from, values.width, shares, mixed_width(), stride, mixed + size_t(head) * stride);
+        });
+    }
+#else
+    void mix_whole_rows(int first, float *rows, float *mixed) const {
+        for (int row = first; row < first + SPAN; row += ROWS) mix_rows(row, rows, mixed);
+    }
+#endif
 
     void mix_rows(int first, float *rows, float *mixed) const {
         const int count = std::min(ROWS, seen - first), stride = padded(values.width);
@@ -221,8 +300,8 @@ void attend_cache(const CacheToken &t, CacheRoom &room, const Share &share) {
     queries.resize(size_t(heads) * channels), rounded.resize(queries.size());
     for (int head = 0; head < heads; head++) turn(t.qkv + head * channels, t.cos, t.sin, channels, &queries[head * channels]);
     for (size_t i = 0; i < queries.size(); i++) rounded[i] = to_bf16(queries[i] *= t.scale);
-    tile.assign(size_t(std::max({SPAN * channels, padded(t.keys->width), ROWS * stride + TILE})), 0.0f);
-    panel.resize(size_t((t.keys->width + 1) / 2) * SPAN);
+    tile.assign(size_t(std::max({SPAN * channels, heads * HALF * TILE, padded(t.keys->width), ROWS * stride + TILE})), 0.0f);
+    panel.resize(t.keys->up ? size_t((t.keys->width + 1) / 2) * SPAN : 0);
     share.meeting.wait();
     const int seen = room.seen, spans = (seen + SPAN - 1) / SPAN;
     const Attention attention{*t.keys, *t.values, queries.data(), t.turns, rounded.data(), room.scores.data(), seen, heads, t.kv_heads, channels};

@@ -91,7 +91,12 @@ inline void read_row(const CacheSide &s, const Unpacker &codes_at, int token, fl
         const uint16_t *row = s.recent + size_t(token - old) * s.width;
         int c = 0;
         for (; c + TILE <= s.width; c += TILE) lanes(out + c) = reals(row + c);
+#if HAS_VNNI
+        const __m256i rest = _mm256_maskz_loadu_epi16(__mmask16((1u << (s.width - c)) - 1), row + c);
+        if (c < s.width) lanes(out + c) = (Reals)_mm512_slli_epi32(_mm512_cvtepu16_epi32(rest), 16);
+#else
         for (; c < s.width; c++) out[c] = from_bf16(row[c]);
+#endif
         return;
     }
     const int groups = (s.width + s.group - 1) / s.group, bytes = group_bytes(s);
