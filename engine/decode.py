@@ -241,8 +241,12 @@ class _OwnLoop:
     def whole_step(self) -> TokenStep | None:
         """All blocks of a step as one call; None where they differ in shape or some part has no such path. Laying codes out takes a moment."""
         alike = len({(block.heads, block.kv_heads, block.neurons) for block in self.blocks}) == 1
-        ends = EndParts(self.embed, (self.norm.weight_D, self.norm.epsilon), self.head)
-        return TokenStep.of([block.parts for block in self.blocks], ends) if alike else None
+        return TokenStep.of([block.parts for block in self.blocks], self.ends) if alike else None
+
+    @property
+    def ends(self) -> EndParts:
+        """What stands before and behind the blocks."""
+        return EndParts(self.embed, (self.norm.weight_D, self.norm.epsilon), self.head)
 
     def _allocate(self, decoder: Decoder) -> None:
         sizes = [2 * block.kv_heads for block in self.blocks]  # planes of keys and values of each block, in one tensor

@@ -6,6 +6,8 @@ of once a cached token, which is the same sum as absorbing A into the output mat
 Shape letters as in `decode`, with S rows in the cache, G heads of keys and values and E numbers a head that are mixed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -125,7 +127,7 @@ class CacheLoop(_OwnLoop):
         parts = []
         for block, into, (keys, values) in zip(self.blocks, self.joined, self.in_place or (), strict=True):
             parts.append(replace(block.parts, matrices=(into, *block.parts.matrices[1:]), sides=(keys.held, values.held)))
-        return TokenStep.of(parts) if alike else None
+        return TokenStep.of(parts, self.ends) if alike else None
 
     @cached_property
     def joined(self) -> list[SeparateRows]:
@@ -140,8 +142,14 @@ class CacheLoop(_OwnLoop):
                 side.rows.reset()
 
     def next_logits(self, token_id: int) -> Tensor:
-        """Add one token; the next one's logits [V], float32. There is no single call for rows of such a cache."""
-        return self.logits(self.extend(torch.tensor([token_id], device=self.cos.device)))[0]
+        """Add one token; the next one's logits [V], float32."""
+        step = self.whole_step if self.in_place is not None else None
+        if step is None or step.ends is None:
+            return self.logits(self.extend(torch.tensor([token_id], device=self.cos.device)))[0]
+        cos_C, sin_C, first = self.cos[self.position, 0], self.sin[self.position, 0], self.blocks[0]
+        x_1D = self.room_1D if step.looks_up else self.embed(torch.tensor([token_id])).to(self.step_dtype).contiguous()
+        with self._entered():
+            return step.logits_over_sides(token_id, x_1D, cos_C, sin_C, self.turns, first.heads, first.kv_heads, self.scale, first.neurons)
 
     def extend(self, ids_T: Tensor) -> Tensor:
         """Last hidden states [T, D] of tokens put behind the others."""
@@ -158,13 +166,19 @@ class CacheLoop(_OwnLoop):
 
     def _step_in_place(self, ids_1: Tensor, places: list[tuple[Place, Place]]) -> Tensor:
         """One token on a CPU, attention over each block's rows in the form in which they are held."""
-        for place in chain.from_iterable(places):
+        with self._entered():
+            x_1D = self._through(self.embed(ids_1).to(self.step_dtype).contiguous(), places)
+        return self.norm(x_1D)
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """C++ counts the rows for one token."""
+        for place in chain.from_iterable(self.in_place or ()):
             place.enter()
-        x_1D = self._through(self.embed(ids_1).to(self.step_dtype).contiguous(), places)
-        for place in chain.from_iterable(places):
+        yield
+        for place in chain.from_iterable(self.in_place or ()):
             place.leave()
         self.position += 1
-        return self.norm(x_1D)
 
     def _through(self, x_1D: Tensor, places: list[tuple[Place, Place]]) -> Tensor:
         cos_C, sin_C, first = self.cos[self.position, 0], self.sin[self.position, 0], self.blocks[0]

@@ -96,9 +96,17 @@ class TokenStep:
         """From a token to the next one's logits [V], float32: bfloat16 sums, widened. x_1D: room for the state, or the token's embedding where
         `looks_up` is false. Only where `ends` is not None.
         """
+        return self._logits(id_, x_1D, (cos_C, sin_C, None, cache), (position, *_sizes(cache, heads)), scale, ffn)
+
+    def logits_over_sides(self, id_: int, x_1D: Tensor, cos_C: Tensor, sin_C: Tensor, turns: Tensor, heads: int, kv_heads: int, scale: float,
+                          ffn: int) -> Tensor:  # fmt: skip
+        """The same over the blocks' own compressed caches."""
+        return self._logits(id_, x_1D, (cos_C, sin_C, turns, None), (0, 0, heads, kv_heads, cos_C.shape[-1]), scale, ffn)
+
+    def _logits(self, id_: int, x_1D: Tensor, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...], scale: float, ffn: int) -> Tensor:
         assert self.ends is not None
         logits_V = torch.empty(self.ends.head.outputs)
-        self._run(x_1D, (cos_C, sin_C, None, cache), (position, *_sizes(cache, heads)), scale, ffn, id_, logits_V)
+        self._run(x_1D, tensors, numbers, scale, ffn, id_, logits_V)
         return logits_V
 
     @property
