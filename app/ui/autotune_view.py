@@ -23,6 +23,7 @@ from bitpress.engine.sensitivity_file import CACHE_BITS, DROP, NATS, Sensitivity
 
 MOST_RUNS = 500
 KEPT_TABLES = 16
+KEPT_PREDICTIONS = 8 * MOST_RUNS
 HARM_COLUMNS = ("harm, nat a token", "harm + price of its bytes")
 BIT_PLACES = {2: 0.0, 3: 0.2, 4: 0.4, 5: 0.6, 6: 0.8, 8: 1.0}
 
@@ -145,9 +146,21 @@ def _measured(folder: str, name: str, title: str, anatomy: Anatomy, report: Sens
     facts = _facts(folder, name)
     if facts is None or facts["fingerprint_model"] != anatomy.model:
         return None
-    recipe: Recipe | None = facts["recipe"]
-    predicted = predicted_kl(recipe, anatomy, report, kind) if recipe is not None else None
+    predicted = _foretold(folder, name, facts["recipe"], anatomy, report, kind)
     return Measured(name, title, facts["bytes"], facts["linear"], facts["model"], facts["kl"], facts["change"], predicted, facts["text"])
+
+
+_predictions: dict[tuple[str, ...], float | None] = {}
+
+
+def _foretold(folder: str, name: str, recipe: Recipe, anatomy: Anatomy, report: SensitivityReport, kind: str) -> float | None:
+    """What these scores foretell of a finished run, worked out once: neither its recipe nor a kept measurement ever changes."""
+    key = (folder, name, anatomy.fingerprint, report.digest, str(report.seconds), kind)
+    if key not in _predictions:
+        if len(_predictions) >= KEPT_PREDICTIONS:
+            _predictions.clear()
+        _predictions[key] = predicted_kl(recipe, anatomy, report, kind)
+    return _predictions[key]
 
 
 @lru_cache(maxsize=2048)

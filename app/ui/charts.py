@@ -38,10 +38,15 @@ def show(chart: go.Figure, key: str, alt: str, table: Table, table_label: str = 
     if note:
         st.caption(note)
     if fold:
-        folded = st.expander(table_label, key=f"{key}-twin", on_change="rerun")
-        if folded.open:
-            with folded:
-                twin(table, key)
+        folded_twin(table, key, table_label)
+
+
+def folded_twin(table: Table, key: str, label: str = "As a table") -> None:
+    """The numbers of a chart, folded away; they are sent once it is opened."""
+    folded = st.expander(label, key=f"{key}-twin", on_change="rerun")
+    if folded.open:
+        with folded:
+            twin(table, key)
 
 
 def twin(table: Table, key: str) -> None:

@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 from bitpress.app.ui import charts
 from bitpress.app.ui.compare_view import PROTOCOL_BOUND, QUANTITIES, SHORT, Entry, front, heading, placed, title_of
 from bitpress.app.ui.numbers import amount, counted
+from bitpress.app.ui.parallel_lines import Axis, parallel_lines
 from bitpress.app.ui.theme import ACCENT, DENSE_COLOUR
 
 BETTER, WORSE = "#1f68bc", "#bf5a05"
@@ -89,14 +90,14 @@ def parallel(entries: Sequence[Entry]) -> None:
     if len(names) < 2 or len(entries) < 2:
         st.caption("Two runs with two figures in common are needed.")
         return
-    values = ([entry.id for entry in entries], names)
-    chart = charts.kept("parallel", values, lambda: _parallel_figure(entries, names))
+    axes = [Axis(heading(name), [entry.figures[name] for entry in entries], QUANTITIES[name].less, name in LOG) for name in names]
     alt = (
         f"Parallel coordinates of {len(entries)} runs over {', '.join(QUANTITIES[name].title.lower() for name in names)}; lower lines on every axis are better"
     )
+    parallel_lines([title_of(entry) for entry in entries], axes, "parallel-lines", alt)
+    st.caption("Lower is better on every axis: those where more is better are turned round. Drag along an axis to pick out runs; point at a line to read it.")
     rows = {"run": [entry.id for entry in entries], "plan": [entry.title for entry in entries]}
-    note = "Lower is better on every axis: those where more is better are turned round. Drag along an axis to pick out runs."
-    charts.show(chart, "parallel-chart", alt, {**rows, **{heading(name): [entry.figures[name] for entry in entries] for name in names}}, note=note)
+    charts.folded_twin({**rows, **{axis.label: axis.values for axis in axes}}, "parallel-chart")
 
 
 def small_multiples(entries: Sequence[Entry], base: Entry | None) -> None:
@@ -138,18 +139,4 @@ def _multiples_figure(entries: Sequence[Entry], names: Sequence[str], base: Entr
             chart.update_yaxes(type="log", exponentformat="power", row=row, col=column)
     chart.update_layout(height=PANEL * lines, showlegend=False, margin={"l": 8, "r": 8, "t": 30, "b": 8}, hovermode="closest")
     chart.update_annotations(font_size=13)
-    return chart
-
-
-def _parallel_figure(entries: Sequence[Entry], names: Sequence[str]) -> go.Figure:
-    axes = []
-    for name in names:
-        values = [entry.figures[name] for entry in entries]
-        ends = [min(values), max(values)] if QUANTITIES[name].less else [max(values), min(values)]
-        axes.append({"label": heading(name), "values": values, "range": ends if ends[0] != ends[1] else [ends[0] - 1, ends[1] + 1]})
-    first = [entry.figures[names[0]] for entry in entries]
-    chart = go.Figure(
-        go.Parcoords(line={"color": first, "colorscale": [[0, "#e0a33e"], [0.5, "#00a5ab"], [1, "#7f8cf5"]], "showscale": False}, dimensions=axes)
-    )
-    chart.update_layout(height=360, margin={"l": 70, "r": 50, "t": 50, "b": 24})
     return chart

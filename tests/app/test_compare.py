@@ -15,6 +15,7 @@ from streamlit.testing.v1 import AppTest
 from bitpress.app.ui import compare_charts as charts
 from bitpress.app.ui import compare_view as view
 from bitpress.app.ui.numbers import MINUS
+from bitpress.app.ui.parallel_lines import Axis, payload
 from bitpress.engine.errors import InputError
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import Recipe
@@ -107,6 +108,14 @@ def test_labels_are_kept_in_the_folder_and_a_deletion_can_be_taken_back(make_run
         labels.change_labels(other.path, note="x" * 5000)
     (other.path / "labels.json").write_text("[1")
     assert labels.read_labels(other.path) == Labels()
+
+
+def test_an_axis_has_its_better_end_at_the_foot_and_a_length_of_its_own() -> None:
+    axes = [Axis("Size, MB", [1.0, 4.0]), Axis("Speed", [30.0, 10.0], less=False), Axis("KL", [0.1, 0.01], log=True), Axis("Same", [2.0, 2.0], log=True)]
+    sent = payload(["a", "b"], axes, "said")
+    assert [(axis["foot"], axis["head"], axis["log"]) for axis in sent["axes"]] == [(1, 4, False), (30, 10, False), (0.01, 0.1, True), (1, 3, False)]
+    assert sent["lines"] == [["a", 1.0, 30.0, 0.1, 2.0], ["b", 4.0, 10.0, 0.01, 2.0]]
+    assert payload(["a", "b"], [Axis("KL", [0.0, 1.0], log=True)], "")["axes"][0]["log"] is False, "zero has no logarithm"
 
 
 def test_the_difference_of_two_recipes_is_drawn_square_by_square(anatomy: Anatomy, preset_recipe: Callable[[str], Recipe]) -> None:
