@@ -55,7 +55,8 @@ def _cell(picture: Picture, part: Part, schemes: Mapping[str, Scheme], paint: Ca
     zeros = scheme.sparsity.ratio if scheme and scheme.sparsity else 0.0
     gone = 1 - (1 - zeros) * part.numel / picture.anatomy.by_name[part.name].numel
     side = 1 - (1 - SMALLEST_SQUARE) * min(1.0, gone)
-    return Cell(part.name, part.role, part.block, value, text, _title(picture, part, scheme), side, level, _state(picture, part, scheme))
+    state = _state(picture, part, scheme)
+    return Cell(part.name, part.role, part.block, value, "" if state == "removed" else text, _title(picture, part, scheme), side, level, state)
 
 
 def _state(picture: Picture, part: Part, scheme: Scheme | None) -> str:

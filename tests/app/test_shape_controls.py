@@ -6,8 +6,10 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from bitpress.app import edits
-from bitpress.app.ui.block_diagram import changed, drawing, shapes_of
+from bitpress.app.ui.block_diagram import changed, drawing, figures, shapes_of, size_of_blocks
+from bitpress.app.ui.numbers import short_count
 from bitpress.app.ui.shape_controls import place_of
+from bitpress.engine.accounting import flops_per_token
 from bitpress.engine.errors import InputError
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import Recipe
@@ -52,6 +54,14 @@ def test_the_picture_shows_what_is_gone(anatomy: Anatomy) -> None:
     picture = drawing(shapes, anatomy.group)
     assert "Block 1: removed" in picture
     assert picture.count("border:1px dashed") > drawing(shapes_of(plain(), anatomy), anatomy.group).count("border:1px dashed")
+    told = figures(plain(structure=structure), anatomy)
+    left = flops_per_token(plain(structure=structure), anatomy) / flops_per_token(None, anatomy)
+    assert f"operations a token ({100 * left:.1f}" in told
+    assert short_count(anatomy.params) in told
+    gone = anatomy.linear_params - plain(structure=structure).reduced(anatomy).linear_params + anatomy.block_rest_params
+    assert f"{short_count(anatomy.params - gone)} of" in told
+    assert size_of_blocks(6) == 2.5
+    assert size_of_blocks(len(shapes) * 20) == 1.0
     assert changed(plain(structure=structure))
     assert not changed(plain())
 
