@@ -80,11 +80,11 @@ def run_table(entries: Sequence[view.Entry], base: view.Entry | None) -> list[vi
     others = st.column_config.NumberColumn(format="%.4g")
     config: dict[str, Any] = {view.heading(name): others for name in view.SHORT}
     config["star"] = st.column_config.TextColumn("★", width=36)
-    config["run"] = st.column_config.TextColumn("run", width=90)
+    config["run"] = st.column_config.TextColumn("run", width=150)
     st.caption(
         f"{counted(len(entries), 'run')}. ▲ better, ▽ worse than the baseline; quality is compared on the same text only. Select rows to go on with them."
     )
-    st.dataframe(charts.coloured(rows), key=TABLE, hide_index=True, height=min(TABLE_HEIGHT, 44 + 35 * len(rows["run"])), column_config=config,
+    st.dataframe(charts.coloured(rows), key=TABLE, hide_index=True, height=min(TABLE_HEIGHT, 56 + 35 * len(rows["run"])), column_config=config,
                  selection_mode="multi-row", on_select="rerun", placeholder="", alt="Runs with their figures and differences to the baseline")  # fmt: skip
     picked = st.session_state[TABLE]["selection"]["rows"] if TABLE in st.session_state else []
     ids = [rows["run"][row] for row in picked if row < len(rows["run"])]

@@ -15,6 +15,7 @@ from bitpress.engine.model.anatomy import Anatomy
 
 MEASURED_COLOUR = "#a74a00"
 CHART = 330
+MANY, FAINT = 50, 0.45  # from so many runs on, marks let those behind them through
 
 
 def frontier_chart(anatomy: Anatomy, curve: Curve, found: Allocation | None, runs: Sequence[view.Measured], axis: str) -> None:
@@ -56,7 +57,8 @@ def _frontier_figure(anatomy: Anatomy, curve: Curve, x: list[float], y: list[flo
         chart.add_scatter(
             x=[view.x_of(run, axis, anatomy) for run in runs], y=[run.kl for run in runs], text=[run.title for run in runs],
             name="measured runs", mode="markers",
-            marker={"symbol": "circle", "size": 8, "color": MEASURED_COLOUR}, hovertemplate="%{text}: measured %{y:.3g} nat<extra></extra>",
+            marker={"symbol": "circle", "size": 8, "color": MEASURED_COLOUR, "opacity": _strength(runs)},
+            hovertemplate="%{text}: measured %{y:.3g} nat<extra></extra>",
         )  # fmt: skip
     if here:
         chart.add_scatter(x=[here[0]], y=[here[1]], name="chosen", mode="markers", marker={"symbol": "star", "size": 17, "color": ACCENT, "line": {"width": 1}})
@@ -66,6 +68,10 @@ def _frontier_figure(anatomy: Anatomy, curve: Curve, x: list[float], y: list[flo
         shown = [place for place, harm in zip(x, y, strict=True) if harm >= min(visible)]
         chart.update_xaxes(range=[min(shown) - 0.04 * (max(shown) - min(shown)), max(shown) + 0.04 * (max(shown) - min(shown))])
     return chart
+
+
+def _strength(runs: Sequence[view.Measured]) -> float:
+    return FAINT if len(runs) > MANY else 1.0
 
 
 def check_chart(runs: Sequence[view.Measured]) -> None:
@@ -92,6 +98,7 @@ def _check_figure(runs: Sequence[view.Measured], x: list[float], y: list[float])
     chart.update_yaxes(exponentformat="power")
     ends = [min(*x, *y) * 0.7, max(*x, *y) * 1.4]
     charts.line(chart, ends, ends, "as predicted", DENSE_COLOUR, "dash")
-    chart.add_scatter(x=x, y=y, text=[run.title for run in runs], mode="markers", name="runs", marker={"size": 9, "color": MEASURED_COLOUR},
+    chart.add_scatter(x=x, y=y, text=[run.title for run in runs], mode="markers", name="runs",
+                      marker={"size": 9, "color": MEASURED_COLOUR, "opacity": _strength(runs)},
                       hovertemplate="%{text}<br>predicted %{x:.3g}, measured %{y:.3g} nat<extra></extra>")  # fmt: skip
     return chart

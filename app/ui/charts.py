@@ -18,7 +18,7 @@ def figure(height: int = HEIGHT, x: str = "", y: str = "", log_y: bool = False, 
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, modebar={"remove": ["zoom", "pan", "lasso", "select", "autoscale"]},
     )  # fmt: skip
     chart.update_xaxes(title_text=x, title_standoff=4)
-    chart.update_yaxes(title_text=y, title_standoff=4, type="log" if log_y else "linear")
+    chart.update_yaxes(title_text=y, title_standoff=14, type="log" if log_y else "linear")
     if log_y:
         chart.update_yaxes(dtick=1 if log_y else None)
     return chart

@@ -14,7 +14,7 @@ from bitpress.app.ui.numbers import amount, counted
 from bitpress.app.ui.parallel_lines import Axis, parallel_lines
 from bitpress.app.ui.theme import ACCENT, DENSE_COLOUR
 
-BETTER, WORSE = "#1f68bc", "#bf5a05"
+BETTER_WORSE = {"light": ("#1f68bc", "#b35000"), "dark": ("#7db0ec", "#f09a50")}  # each at least 4.5:1 on its ground
 HEIGHT = 420
 LOG = ("perplexity", "kl", "ttft")
 MOST_STYLED = 1000
@@ -28,7 +28,8 @@ def coloured(rows: Mapping[str, Sequence[Any]]) -> Any:
     deltas = [name for name in frame.columns if name.startswith("Δ")]
     if len(frame) > MOST_STYLED or not deltas:
         return frame
-    colour = {"▲": f"color: {BETTER}; font-weight: 600", "▽": f"color: {WORSE}; font-weight: 600"}
+    better, worse = BETTER_WORSE["dark" if st.context.theme.type == "dark" else "light"]
+    colour = {"▲": f"color: {better}; font-weight: 600", "▽": f"color: {worse}; font-weight: 600"}
     return frame.style.map(lambda text: colour.get(str(text)[:1], ""), subset=deltas)
 
 

@@ -136,7 +136,8 @@ def table(entries: Sequence[Entry], base: Entry | None, quantities: Sequence[str
         if base is not None:
             comparable = [name not in PROTOCOL_BOUND or entry.protocol == base.protocol for entry in rows]
             deltas = [change(entry.get(name), base.get(name)) if fair and entry is not base else None for entry, fair in zip(rows, comparable, strict=True)]
-            columns[f"Δ {quantity.title.lower()}"] = [said(delta, quantity) for delta in deltas]
+            if any(delta is not None for delta in deltas):  # the dense model has no bits a linear weight: an empty column says nothing
+                columns[f"Δ {quantity.title.lower()}"] = [said(delta, quantity) for delta in deltas]
     columns |= {"tags": [", ".join(entry.labels.tags) for entry in rows], "note": [entry.labels.note for entry in rows], "run": [entry.id for entry in rows]}
     return columns
 
