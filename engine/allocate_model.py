@@ -35,7 +35,7 @@ def allocate_model(
     if report is None:
         what = f"No sensitivity{f' of kind {kind}' if kind else ''} is kept for {model}."
         raise InputError(what, "", f"Run `bitpress sensitivity {model}{f' --kind {kind}' if kind else ''}` once.")
-    choices = choices_of(anatomy_of(model), report, kind or report.kind, ties, locks, embedding_bits)
+    choices = choices_of(anatomy_of(model), report, kind or report.spent_by, ties, locks, embedding_bits)
     return allocate(choices, budgets, base, kept_table(), drops)
 
 

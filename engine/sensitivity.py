@@ -2,7 +2,8 @@
 
 With D = W - W' for one option: `data_free` is sum D_ij^2 / sum W_ij^2; `activation` is the same with column j weighted by
 E[x_j^2] of the layer's inputs. `fisher` is the KL divergence of the predictions to second order, from one backward
-(`sensitivity_fisher`); `kl` is that divergence itself with only this layer changed, and `kl_without` what leaving this layer dense
+(`sensitivity_fisher`); `loss` is the same, but measured among changed layers where it stands on too little (`sensitivity_context`);
+`kl` is that divergence itself with only this layer changed, and `kl_without` what leaving this layer dense
 saves when all others are changed (`sensitivity_truth`). How harms of several layers add up none of them knows.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitpress.engine import sensitivity_context as context
 from bitpress.engine import sensitivity_fisher as fisher
 from bitpress.engine import sensitivity_truth as truth
 from bitpress.engine.calibrate import walk
@@ -41,6 +43,7 @@ from bitpress.engine.sensitivity_file import (
     KINDS,
     KL,
     KL_WITHOUT,
+    LOSS,
     NEED_TEXT,
     OPTIONS,
     QUICK_KINDS,
@@ -147,10 +150,13 @@ class _Scoring:
 
     def run(self, ids: Tensor | None, missing: Sequence[str]) -> None:
         """Measure what is missing, cheap kinds first, those of one pass together."""
-        quick = [kind for kind in missing if kind in QUICK_KINDS]
+        quick = [kind for kind in QUICK_KINDS if kind != LOSS and (kind in missing or (kind == FISHER and LOSS in missing))]
         if quick:
             with self.timed(quick):
                 self.backward(ids, quick) if FISHER in quick and ids is not None else self.walk(ids, quick)
+        if ids is not None and LOSS in missing:
+            with self.timed([LOSS]):
+                self.spent(ids)
         if ids is not None and KL in missing:
             with self.timed([KL]):
                 self.alone(ids)
@@ -236,6 +242,22 @@ class _Scoring:
         self.emit("stage_started", {"stage": "measuring sensitivity", "total": len(anatomy.linears)})
         fisher.listen(model, ids, modules, pass_.hear, embedding, should_stop=self.should_stop)
         pass_.finish()
+        self.stand = pass_.stand
+
+    def spent(self, ids: Tensor) -> None:
+        """What a budget spends by: the divergences to second order, but of doubtful layers what they do among changed ones."""
+        doubtful = context.doubtful(self.stand, len(ids), fisher.windows(ids.shape))
+        known = [score for score in self.report.scores if score.kind == FISHER and score.layer not in doubtful]
+        self.report.scores = [score for score in self.report.scores if score.kind != LOSS] + [score.model_copy(update={"kind": LOSS}) for score in known]
+        if doubtful:
+            self.emit("stage_started", {"stage": "measuring layers that scores do not tell", "total": len(doubtful)})
+            for layer, option, harm in context.harms(self.loaded, self.report, ids, doubtful, self.made):
+                self.check()
+                self.keep(layer, option, LOSS, harm)
+
+    def made(self, name: str, option: Option) -> Tensor:
+        """A layer's matrix under an option; `dense` is itself."""
+        return self.weight(name) if option.scheme.is_dense else made_of(self.weight(name), option.scheme)
 
     # The divergence itself: one layer at a time ----------------------------------------------------------------------
 
@@ -327,6 +349,7 @@ class _Backward:
         self.errors = {name: self._end_errors(name) for name in self.ends}
         self.products: dict[tuple[str, str], list[Tensor]] = {}
         self.sides: dict[tuple[int, int], list[Tensor]] = {}
+        self.stand: dict[str, list[float]] = {}
         self.heard = 0
 
     def tie(self, head: str) -> str:
@@ -357,7 +380,9 @@ class _Backward:
             for kind, score in weighted_errors(weight_NK, made_NK, weights_K).items():
                 if kind in self.kinds:
                     scoring.keep(name, option.id, kind, score)
-            self.keep(name, option.id, _products(x_MK, (made_NK - weight_NK).to(x_MK.dtype), gradient_MN))
+            products_M = _products(x_MK, (made_NK - weight_NK).to(x_MK.dtype), gradient_MN)
+            self.stand.setdefault(name, []).append(fisher.stands_on(products_M.view_as(self.ids)))
+            self.keep(name, option.id, products_M)
         self.heard += 1
         scoring.emit("progress", {"done": self.heard, "total": len(self.linears)})
 

@@ -3,7 +3,8 @@
 `sensitivity/<model>-<digest>.json`, version 2: `{v, digest, model, fingerprint, kinds, text, tokens_sha256, protocol,
 options: [{id, scheme}], seconds_of, scores: [{layer, option, kind, score}]}`; a kind that is measured later joins the same file.
 A score is a harm: 0 is none. `data_free` and `activation` are squared errors relative to what was there; `fisher`, `kl` and
-`kl_without` are nats of KL divergence a token.
+`kl_without` are nats of KL divergence a token, `loss` is `fisher` but for layers
+that it cannot tell: of those the rise of the text's own loss over the best of their options, other layers changed as well.
 """
 
 import os
@@ -17,10 +18,10 @@ from bitpress.engine.home import sensitivity_dir
 from bitpress.engine.recipe import Scheme, SparsityScheme, WeightScheme
 
 VERSION = 2
-DATA_FREE, ACTIVATION, FISHER, KL, KL_WITHOUT = "data_free", "activation", "fisher", "kl", "kl_without"
-KINDS = (DATA_FREE, ACTIVATION, FISHER, KL, KL_WITHOUT)
-QUICK_KINDS = (DATA_FREE, ACTIVATION, FISHER)
-NATS = (FISHER, KL, KL_WITHOUT)  # kinds whose scores are KL divergences in nats a token
+DATA_FREE, ACTIVATION, FISHER, LOSS, KL, KL_WITHOUT = "data_free", "activation", "fisher", "loss", "kl", "kl_without"
+KINDS = (DATA_FREE, ACTIVATION, FISHER, LOSS, KL, KL_WITHOUT)
+QUICK_KINDS = (DATA_FREE, ACTIVATION, FISHER, LOSS)
+NATS = (FISHER, LOSS, KL, KL_WITHOUT)  # kinds whose scores are nats a token: KL divergence, or rise of the loss
 NEED_TEXT = (ACTIVATION, *NATS)
 DROP = "drop"  # what is done to a whole block; its layer is the block's name
 
@@ -88,6 +89,11 @@ class SensitivityReport(BaseModel):
     def kind(self) -> str:
         """The kind to rank by: the truth where it was measured, else the nearest to it."""
         return next(kind for kind in (KL, FISHER, ACTIVATION, DATA_FREE, KL_WITHOUT) if kind in self.kinds)
+
+    @property
+    def spent_by(self) -> str:
+        """The kind to spend a budget by."""
+        return LOSS if LOSS in self.kinds else self.kind
 
     def table(self, kind: str | None = None) -> dict[str, dict[str, float]]:
         """Option -> layer -> score, of one kind. Whole blocks stand under `drop`."""

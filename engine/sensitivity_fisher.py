@@ -5,7 +5,7 @@ random signs e, E[r r'] is just that matrix (Rademacher probes of the generalise
 so one backward of r gives at every layer's output a gradient g with E[<g, dy>^2] = 2 KL for a change dy of that output.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -81,9 +81,23 @@ def second_order(products_SL: Tensor) -> float:
     Changes at several positions act on the same later predictions, so their products belong together; but the more of them one
     square holds, the more it scatters. Windows of 16 of 512 tokens followed the measured divergence best.
     """
-    length = products_SL.shape[1]
-    padded = torch.nn.functional.pad(products_SL.float(), (0, -length % WINDOW))
-    return 0.5 * float(padded.unflatten(1, (-1, WINDOW)).sum(-1).square().sum(dtype=torch.float64))
+    return 0.5 * float(_squares(products_SL).sum(dtype=torch.float64))
+
+
+def stands_on(products_SL: Tensor) -> float:
+    """How many windows a second-order score stands on: (sum q)^2 / sum q^2 of their squares q (Kish's effective sample size). 1 for none."""
+    q = _squares(products_SL).double()
+    return float(q.sum().square() / q.square().sum()) if q.any() else 1.0
+
+
+def windows(shape: Sequence[int]) -> int:
+    """How many windows sequences [S, L] have."""
+    return shape[0] * -(-shape[1] // WINDOW)
+
+
+def _squares(products_SL: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(products_SL.float(), (0, -products_SL.shape[1] % WINDOW))
+    return padded.unflatten(1, (-1, WINDOW)).sum(-1).square()
 
 
 def tied_head(model: nn.Module, embedding: nn.Module) -> tuple[str, nn.Module] | None:

@@ -18,6 +18,8 @@ from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.model.load import compute_dtype
 from bitpress.engine.model.surgery import get
 
+NO_TOKEN = -100  # follows the last one of a window
+
 
 class Prefixes:
     """A model on one text: the states that enter each block under the weights it has now, and what it predicts.
@@ -84,6 +86,20 @@ class Prefixes:
             total += self._divergence(number, self.logits(ids_BL, x_BLd))
             count += ids_BL.numel()
         return max(0.0, total / count)
+
+    def loss_from(self, block: int) -> float:
+        """Mean loss of a token that is predicted, in nats, of the model as it is now, if nothing before `block` has changed since `take`."""
+        total, count = 0.0, 0
+        for number, ids_BL in enumerate(self.ids):
+            x_BLd = self.states[block][number]
+            for index in range(block, len(self.blocks)):
+                x_BLd = self.through(index, x_BLd)
+            targets_P = torch.nn.functional.pad(ids_BL[:, 1:], (0, 1), value=NO_TOKEN).flatten()
+            slices_PV = self.logits(ids_BL, x_BLd)
+            for logits_PV, part_P in zip(slices_PV, (targets_P[part] for part in slices(len(targets_P), self.scorer.vocab)), strict=True):
+                total += float(torch.nn.functional.cross_entropy(logits_PV.float(), part_P, ignore_index=NO_TOKEN, reduction="sum"))
+            count += ids_BL[:, 1:].numel()
+        return total / count
 
     def _divergence(self, number: int, slices_PV: Iterator[Tensor]) -> float:
         """Sum over the positions of a batch."""

@@ -37,7 +37,7 @@ NONE = "none"
 TIE_WORDS = {"qkv": "q, k, v", "gate_up": "gate, up"}
 ENDS = {"8": 8, "4": 4, "16": 16, "free": None}
 END_WORDS = {"8": "8", "4": "4", "16": "16", "free": "By the budget"}
-KIND_WORDS = {"fisher": "Estimated", "kl": "Measured"}
+KIND_WORDS = {"loss": "Estimated", "fisher": "Estimated", "kl": "Measured"}
 
 
 def autotune() -> None:
@@ -116,7 +116,8 @@ def settings(kinds: Sequence[str]) -> tuple[str, tuple[str, ...], int | None]:
         kind = kinds[0]
         if len(kinds) > 1:
             kind = st.segmented_control("Scores", kinds, default=kinds[0], format_func=KIND_WORDS.get, key="scores", required=True, bind="query-params",
-                                        help="Measured: each layer's divergence, layer by layer. Estimated: to second order, from one backward.")  # fmt: skip
+                                        help="Measured: each layer's divergence, layer by layer. Estimated: to second order, from one backward; "
+                                     "the few layers that it cannot tell are measured among changed ones.")  # fmt: skip
         help_text = "Layers that share their input and are often run as one: tied, they get the same option."
         ties = st.pills("Tie", list(TIE_WORDS), selection_mode="multi", format_func=TIE_WORDS.get, key="ties", bind="query-params", help=help_text)
         ends = st.segmented_control("Embedding bits", list(ENDS), default="8", format_func=END_WORDS.get, key="ends", required=True, bind="query-params",

@@ -24,18 +24,20 @@ from bitpress.engine.runs.store import Store
 MAP = "sensitivity-map"
 TABLE = "sensitivity-table"
 KINDS = {
-    "data_free": "Weights only", "activation": "Weighted by activations", "fisher": "Divergence, estimated", "kl": "Divergence, measured",
-    "kl_without": "Left dense, measured",
+    "data_free": "Weights only", "activation": "Weighted by activations", "fisher": "Divergence, estimated",
+    "loss": "What budgets spend by", "kl": "Divergence, measured", "kl_without": "Left dense, measured",
 }  # fmt: skip
 KIND_HELP = (
     "Weights only: squared error of the weights themselves over their squared size; no text needed. Weighted by activations: the same with each input "
     "weighted by its mean square on calibration text. Divergence: KL divergence of the model's predictions from the dense model's, in nats a token, with this "
-    "layer alone changed: estimated to second order from one backward, or measured layer by layer. Left dense: how much divergence is saved by leaving "
+    "layer alone changed: estimated to second order from one backward, or measured layer by layer. What budgets spend by: the estimate, but the few layers "
+    "that it cannot tell are measured among changed ones. Left dense: how much divergence is saved by leaving "
     "this layer dense when all others are changed. None of them knows how the harms of several layers add up."
 )
 HARMS = {
     "data_free": "Relative squared error of the weights", "activation": "Relative squared error of the output",
-    "fisher": "KL divergence, nat a token (estimated)", "kl": "KL divergence, nat a token", "kl_without": "KL divergence saved, nat a token",
+    "fisher": "KL divergence, nat a token (estimated)",
+    "loss": "Harm that a budget counts, nat a token", "kl": "KL divergence, nat a token", "kl_without": "KL divergence saved, nat a token",
 }  # fmt: skip
 PREFERRED_KINDS = ("kl", "fisher", "activation")
 CALIBRATION_TOKENS = 8 * 256

@@ -111,8 +111,9 @@ def table_of(
 
 
 def kinds_of(report: SensitivityReport) -> list[str]:
-    """The kinds that foretell a divergence, the nearest to the truth first; leaving one layer dense does not add up to one."""
-    return [kind for kind in ("kl", "fisher") if kind in report.kinds and kind in NATS]
+    """The kinds that foretell a loss or a divergence, the one to spend by first; leaving one layer dense does not add up to one."""
+    order = (report.spent_by, "kl", "fisher")
+    return [kind for kind in dict.fromkeys(order) if kind in report.kinds and kind in NATS and not (kind == "fisher" and "loss" in report.kinds)]
 
 
 # The frontier and what was measured --------------------------------------------------------------------------------

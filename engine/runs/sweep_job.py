@@ -61,7 +61,7 @@ class SearchSource:
             raise BitpressError("The search has no sensitivities to start from.", "Measuring them did not keep any.", "Measure the sensitivity, then resume.")
         self.total = plan.search.trials
         bits = plan.base.embedding.bits if plan.base.embedding else 16
-        self.proposer = Proposer(choices_of(anatomy, report, sensitivity_file.FISHER, embedding_bits=bits), plan.search, plan.base)
+        self.proposer = Proposer(choices_of(anatomy, report, report.spent_by, embedding_bits=bits), plan.search, plan.base)
 
     def next(self, records: list[Record]) -> Point | None:
         """A proposal that takes into account what came of the others."""

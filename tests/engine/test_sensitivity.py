@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitpress.engine import sensitivity_fisher, sensitivity_truth
+from bitpress.engine import sensitivity_context, sensitivity_fisher, sensitivity_truth
 from bitpress.engine.errors import Cancelled, InputError
 from bitpress.engine.home import sensitivity_dir
 from bitpress.engine.methods.quantize.pipeline import dequantize_groups, quantize_groups
@@ -19,7 +19,7 @@ from bitpress.engine.model import surgery
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.recipe import WeightScheme
 from bitpress.engine.sensitivity import made_of, measure_on_text, measure_sensitivity
-from bitpress.engine.sensitivity_file import ACTIVATION, DATA_FREE, DROP, FISHER, KL, KL_WITHOUT, OPTIONS, QUICK_KINDS, find, read
+from bitpress.engine.sensitivity_file import ACTIVATION, DATA_FREE, DROP, FISHER, KL, KL_WITHOUT, LOSS, OPTIONS, QUICK_KINDS, find, read
 
 Build = Callable[..., Loaded]
 IDS = torch.arange(36).view(3, 12) * 11 % 320
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("bitpress_home")
 
 @pytest.mark.parametrize("kinds", [(DATA_FREE, ACTIVATION), QUICK_KINDS], ids=["by a walk", "by a backward"])
 def test_scores_are_what_their_definition_says(in_memory: Build, kinds: tuple[str, ...]) -> None:
-    scores_of = {DATA_FREE: 21 * 6, ACTIVATION: 21 * 6, FISHER: 21 * 6 + 3 + 2 + 3 * 4}
+    scores_of = {DATA_FREE: 21 * 6, ACTIVATION: 21 * 6, FISHER: 21 * 6 + 3 + 2 + 3 * 4, LOSS: 21 * 6 + 3 + 2 + 3 * 4}
     loaded = in_memory("llama")
     report = measure_sensitivity(loaded, IDS, kinds=kinds)
     assert len(report.scores) == sum(scores_of[kind] for kind in kinds)
@@ -182,6 +182,46 @@ def test_one_backward_foretells_the_divergence(in_memory: Build, architecture: s
     told, true = (torch.tensor(column).clamp_min(1e-12).log() for column in zip(*pairs, strict=True))
     assert float((told - true).median().abs()) < math.log(1.6)
     assert float(torch.corrcoef(torch.stack([told, true]))[0, 1]) > 0.85
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_layer_that_scores_cannot_tell_is_measured_among_changed_ones(in_memory: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, name, ids = in_memory("llama"), "model.layers.1.mlp.down_proj", torch.arange(256).view(4, 64) * 11 % 319
+    plain = measure_sensitivity(loaded, ids)
+    told = plain.table(FISHER)
+    assert plain.table(LOSS) == told, "scores that stand on enough are kept as they are"
+    assert plain.spent_by == LOSS
+    monkeypatch.setattr(sensitivity_context, "doubtful", lambda stand, sequences, windows: [name])
+    spent = measure_sensitivity(loaded, ids, force=True)
+    assert spent.table(FISHER) == told
+    around = sensitivity_context.options_at(loaded, spent)
+    module = surgery.get(loaded.model, name)
+    stored = {part.name: surgery.linear_weight(surgery.get(loaded.model, part.name)).detach() for part in loaded.anatomy.linears}
+    weights = {surgery.get(loaded.model, layer): made_of(stored[layer], option.scheme) for layer, option in around.items()}
+    losses = []
+    with torch.no_grad(), sensitivity_truth.all_changed(weights):
+        for scheme in (*(option.scheme for option in OPTIONS), None):
+            weight = made_of(stored[name], scheme) if scheme else stored[name]
+            with sensitivity_truth.changed(module, weight):
+                losses.append(torch.nn.functional.cross_entropy(loaded.model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item())
+    for option, loss in zip(OPTIONS, losses, strict=False):
+        assert spent.table(LOSS)[option.id][name] == pytest.approx(loss - min(losses), abs=2e-5)
+    other = "model.layers.0.mlp.up_proj"
+    assert spent.table(LOSS)["3-bit"][other] == told["3-bit"][other]
+
+
+def test_scores_that_stand_on_a_few_windows_are_doubted() -> None:
+    even_SL = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    first_SL = torch.zeros(8, 256).index_fill(1, torch.tensor([0]), 1.0) * torch.tensor([9.0, 1, 1, 1, 1, 1, 1, 1])[:, None]
+    assert sensitivity_fisher.stands_on(even_SL) > 30
+    assert 1 <= sensitivity_fisher.stands_on(first_SL) < 2
+    assert sensitivity_fisher.stands_on(torch.zeros(8, 256)) == 1
+    stand = {"even": [40.0, 3.0, 50.0], "few": [3.0, 30.0, 2.0], "fewest": [1.5, 1.5, 1.5]}
+    windows = sensitivity_fisher.windows((8, 256))
+    assert windows == 128
+    assert sensitivity_context.doubtful(stand, 8, windows) == ["fewest", "few"]
+    assert sensitivity_context.doubtful(stand, 8, 8) == [], "where a sequence is one window, all scores stand on few"
+    assert len(sensitivity_context.doubtful({str(number): [1.0] for number in range(9)}, 8, windows)) == sensitivity_context.MOST
 
 
 @pytest.mark.usefixtures("exact")
