@@ -4,13 +4,15 @@
 
 map: seconds of the whole Fisher map. truth: the divergence of single layers by cached prefixes against plain forwards, and the rank
 correlation of the scores with it; layers are taken in a random order, so that a bench that is cut short has a fair sample.
-solve: time of a budget and of the frontier. recipe: perplexity of the recipe at 3.5 bits against uniform widths of the same bytes,
-a greedy walk on the same scores, and auto-round's AutoScheme (skipped, and named, without its environment under `--rivals`).
+solve: time of a budget and of the frontier. recipe: perplexity of the recipe at `--bits` against uniform widths of the same bytes,
+a greedy walk on the same scores, the best recipe and a greedy walk by the second-order scores alone, and at 3.5 bits auto-round's
+AutoScheme (skipped, and named, without its environment under `--rivals`). `--seed` draws other calibration tokens.
 
 What was measured is kept in `--out`, so that a later start goes on. A table goes to stderr, JSON to stdout. Exit 1 when a promise is broken.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -30,6 +32,7 @@ from scipy.stats import spearmanr
 
 from bitpress.engine import sensitivity as engine
 from bitpress.engine import sensitivity_truth as truth
+from bitpress.engine.accounting import size_of
 from bitpress.engine.allocate import allocate, frontier
 from bitpress.engine.calibration_set import calibration_set
 from bitpress.engine.choices import Choices, choices_of
@@ -42,13 +45,12 @@ from bitpress.engine.measure.perplexity import measure_alone
 from bitpress.engine.model import library, load, surgery
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.runs.resident import compute_in
-from bitpress.engine.sensitivity_file import FISHER, OPTIONS
+from bitpress.engine.sensitivity_file import FISHER, LOSS, OPTIONS
 
 MODEL, EVALUATION = "smollm2-135m", "wikitext2-raw/test"
 CHECKED = ("3-bit", "50%", "2:4")
-BITS, GROUP = 3.5, 64
+GROUP, SCHEME_BITS = 64, 3.5
 MAP_SECONDS, PREFIX_SHARE, IDENTICAL, RHO, SOLVE_SECONDS, FRONTIER_SECONDS = 15.0, 0.72, 1e-5, 0.9, 0.1, 1.0
-EQUAL_GROUP = 39  # 3 bits in groups of 39 are 3.495 bits with scales and zeros: uniform at the bytes of 3.5
 PAIRS = 16  # single layers that are also measured by plain forwards
 RIVAL = ("autoround", "autoround_scheme.py")
 Row = dict[str, Any]
@@ -61,8 +63,9 @@ class Bench:
         self.say, self.rows = say, list[Row]()
         self.loaded = load.load(MODEL)
         self.stored = {part.name: surgery.linear_weight(surgery.get(self.loaded.model, part.name)).detach() for part in self.loaded.anatomy.linears}
-        self.ids_SL = calibration_set(self.loaded, engine.CALIBRATION).ids_SL
-        self.path = Path(say.out) / f"{MODEL}-{'x'.join(map(str, self.ids_SL.shape))}.jsonl"
+        self.ids_SL = calibration_set(self.loaded, engine.CALIBRATION, say.seed).ids_SL
+        drawn = f"-seed{say.seed}" if say.seed else ""
+        self.path = Path(say.out) / f"{MODEL}-{'x'.join(map(str, self.ids_SL.shape))}{drawn}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text(encoding="utf8").splitlines() if self.path.exists() else []
         self.kept: list[Row] = [json.loads(line) for line in lines]
@@ -87,9 +90,9 @@ class Bench:
         """The Fisher scores of these tokens, kept as the app keeps them."""
         return engine.measure_sensitivity(self.loaded, self.ids_SL, kinds=engine.QUICK_KINDS, text="wiki", force=force)
 
-    def choices(self) -> Choices:
+    def choices(self, kind: str = LOSS) -> Choices:
         """What allocation chooses from: the head at 8 bits."""
-        return choices_of(self.loaded.anatomy, self.report(), FISHER)
+        return choices_of(self.loaded.anatomy, self.report(), kind)
 
 
 def busy() -> str:
@@ -103,8 +106,9 @@ def whole_map(bench: Bench) -> None:
     report = bench.report(force=True)
     seconds, processor = time.perf_counter() - began, time.process_time() - used
     count = sum(score.kind == FISHER for score in report.scores)
+    parts = ", ".join(f"{kind} {spent:.1f}" for kind, spent in report.seconds_of.items())
     threads = torch.get_num_threads()
-    conditions = f"{count} scores on {tuple(bench.ids_SL.shape)} tokens; {processor / threads:.1f} s a core of processor time, {busy()}"
+    conditions = f"{count} scores on {tuple(bench.ids_SL.shape)} tokens ({parts}); {processor / threads:.1f} s a core of processor time, {busy()}"
     bench.row("whole Fisher map", seconds, "s", f"< {MAP_SECONDS:g}", seconds < MAP_SECONDS, conditions)
 
 
@@ -216,14 +220,17 @@ def greedy(choices: Choices, limit: float) -> np.ndarray:
 
 
 def recipes(bench: Bench) -> None:
-    """Perplexities at 3.5 bits, paired by window."""
-    loaded, base = bench.loaded, {"model": MODEL, "stages": [{"method": bench.say.method}], "embedding": {"bits": 8}}
+    """Perplexities at one size, paired by window."""
+    loaded, bits, base = bench.loaded, bench.say.bits, {"model": MODEL, "stages": [{"method": bench.say.method}], "embedding": {"bits": 8}}
     choices = bench.choices()
-    mixed = allocate(choices, {"linear_bits": BITS}, Recipe.from_dict(base)).recipe
-    same = lambda group: Recipe.from_dict({**base, "schemes": [{"match": "*", "weights": {"bits": 3, "group_size": group}}]})  # noqa: E731
-    plans: dict[str, Recipe] = {"mixed": mixed, f"uniform 3 bits, group {EQUAL_GROUP}": same(EQUAL_GROUP)}
-    plans["greedy"] = by_layer(base, dict(zip(bench_layers(choices), widths(choices, greedy(choices, BITS * loaded.anatomy.linear_params / 8)), strict=True)))
-    if bits_of := rival_scheme(bench):
+    mixed = allocate(choices, {"linear_bits": bits}, Recipe.from_dict(base)).recipe
+    plans: dict[str, Recipe] = {"mixed": mixed, **uniform(choices, base, bits)}
+    second = bench.choices(FISHER)
+    plans["best by second order alone"] = allocate(second, {"linear_bits": bits}, Recipe.from_dict(base)).recipe
+    for words, table in (("greedy", choices), ("greedy by second order alone", second)):
+        walked = widths(table, greedy(table, bits * loaded.anatomy.linear_params / 8))
+        plans[words] = by_layer(base, dict(zip(bench_layers(table), walked, strict=True)))
+    if bits == SCHEME_BITS and (bits_of := rival_scheme(bench)):
         plans["AutoScheme"] = by_layer(base, bits_of)
     windows = _windows(bench)
     nll = {name: _losses(bench, recipe, windows) for name, recipe in plans.items()}
@@ -238,6 +245,15 @@ def recipes(bench: Bench) -> None:
         words = f"95% {over.low:.4f} to {over.high:.4f}; perplexity {safe_exp(statistics.fmean(ours)):.3f} at {size_words(mixed, choices)}"
         words += f", theirs {safe_exp(statistics.fmean(nll[name])):.3f} at {size}, {bench.say.method}, {len(windows)} windows of {windows.shape[1]}"
         bench.row(f"perplexity of mixed over {name}", over.mean, "times", "< 1, all of the interval" if name.startswith("uniform") else "<= 1", kept, words)
+
+
+def uniform(choices: Choices, base: Mapping[str, Any], bits: float) -> dict[str, Recipe]:
+    """The widest width everywhere, in the smallest groups that are within the size."""
+    for width, group in itertools.product(range(int(bits), 1, -1), range(8, GROUP + 1)):
+        made = Recipe.from_dict({**base, "schemes": [{"match": "*", "weights": {"bits": width, "group_size": group}}]})
+        if size_of(made, choices.anatomy).bits_per_weight_linears <= bits:
+            return {f"uniform {width} bits, group {group}": made}
+    return {}
 
 
 def bench_layers(choices: Choices) -> Iterator[str]:
@@ -259,8 +275,6 @@ def by_layer(base: Mapping[str, Any], fields_of: Mapping[str, dict[str, Any]]) -
 
 def size_words(recipe: Recipe, choices: Choices) -> str:
     """Bits a linear weight."""
-    from bitpress.engine.accounting import size_of
-
     return f"{size_of(recipe, choices.anatomy).bits_per_weight_linears:.3f} bits"
 
 
@@ -276,7 +290,7 @@ def rival_scheme(bench: Bench) -> dict[str, dict[str, Any]]:
             place = Path(folder)
             save_file({"ids": bench.ids_SL.contiguous()}, place / "calibration.safetensors")
             command = [str(python), str(Path(__file__).parent / "rivals" / RIVAL[1]), "--model", str(bench.loaded.path), "--calibration"]
-            command += [str(place / "calibration.safetensors"), "--average", str(BITS), "--group", str(GROUP), "--out", str(place / "bits.json")]
+            command += [str(place / "calibration.safetensors"), "--average", str(SCHEME_BITS), "--group", str(GROUP), "--out", str(place / "bits.json")]
             environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")} | {"AR_ALLOW_W8_ASYM": "1"}
             done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=bench.say.patience)
             if done.returncode:
@@ -313,6 +327,8 @@ def arguments() -> argparse.Namespace:
     ask.add_argument("--rivals", help="folder with one virtual environment a rival: autoround")
     ask.add_argument("--seconds", type=float, default=1500.0, help="for measuring single layers; 0 compares what is kept")
     ask.add_argument("--method", default="rtn", help="what rounds the recipes")
+    ask.add_argument("--bits", type=float, default=SCHEME_BITS, help="a linear weight, of the recipes")
+    ask.add_argument("--seed", type=int, default=0, help="of the calibration tokens")
     ask.add_argument("--windows", type=int, default=16)
     ask.add_argument("--window", type=int, default=2048)
     ask.add_argument("--patience", type=float, default=1800.0, help="seconds that a rival may take")
