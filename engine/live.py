@@ -67,21 +67,22 @@ class Live:
         """Bring the twin to a recipe. Raises InputError for what a live session cannot show."""
         check(recipe)
         began = time.perf_counter()
-        wanted, notes = self._wanted(recipe)
+        schemes = recipe.resolve(self.loaded.anatomy)
+        wanted, notes = self._wanted(recipe, schemes)
         changed = [name for name in self.loaded.anatomy.by_name if self.made.get(name) != wanted.get(name)]
         for name in changed:
             if should_stop():
                 break
-            self._make(name, wanted.get(name), recipe)
+            self._make(name, wanted.get(name), recipe, schemes)
         lowest = min((self._first_block(name) for name in changed), default=self.loaded.anatomy.blocks)
         return Change(changed, lowest, time.perf_counter() - began, notes)
 
-    def _wanted(self, recipe: Recipe) -> tuple[dict[str, object], tuple[str, ...]]:
+    def _wanted(self, recipe: Recipe, schemes: dict[str, Scheme]) -> tuple[dict[str, object], tuple[str, ...]]:
         """Layer -> (scheme, methods); and in whose stead a plain method stands."""
         anatomy = self.loaded.anatomy
         found: dict[str, object] = {}
         notes: dict[str, None] = {}
-        for name, scheme in recipe.resolve(anatomy).items():
+        for name, scheme in schemes.items():
             if not scheme.is_dense:
                 methods, told = plain_methods(scheme, recipe)
                 found[name] = (scheme, tuple(method.name for method in methods))
@@ -91,14 +92,14 @@ class Live:
                 found[part.name] = end
         return found, tuple(notes)
 
-    def _make(self, name: str, wanted: object, recipe: Recipe) -> None:
+    def _make(self, name: str, wanted: object, recipe: Recipe, schemes: dict[str, Scheme]) -> None:
         dense, module = surgery.get(self.loaded.model, name), surgery.get(self.twin, name)
         stored = _weight(dense)
         if wanted is None:
             self._put(module, stored)
         else:
             weight_NK = finite((stored if isinstance(dense, nn.Embedding) else surgery.linear_weight(dense)).detach().float(), name)
-            scheme = rows_scheme(wanted.bits) if isinstance(wanted, EmbeddingScheme) else recipe.resolve(self.loaded.anatomy)[name]
+            scheme = rows_scheme(wanted.bits) if isinstance(wanted, EmbeddingScheme) else schemes[name]
             for method in plain_methods(scheme, recipe)[0]:
                 weight_NK = method.apply(weight_NK, scheme, {}, method.parse({})).weight_NK
             turned = weight_NK.t().contiguous() if isinstance(dense, Conv1D) else weight_NK

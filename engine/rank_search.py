@@ -182,16 +182,9 @@ class Objective:
 
 def _losses(text: Prefixes, number: int, ids_BL: Tensor, x_BLd: Tensor) -> tuple[float, float]:
     """Sums over the predicted positions of a batch: negative log-likelihood, and reverse KL to the dense model. A slice of the logits at a time."""
-    columns: tuple[list[Tensor], list[Tensor]] = ([], [])
-    known = zip(text.dense[number], text.log_sums[number], text.logits(ids_BL, x_BLd), strict=True)
-    wanted_P, start = ids_BL.roll(-1, 1).flatten(), 0  # the last one of each sequence is cut below
-    for dense_PV, log_sum_P, other_PV in known:
-        logq_PV = other_PV.float().log_softmax(-1)
-        columns[0].append(-logq_PV.gather(-1, wanted_P[start : start + len(logq_PV), None])[:, 0])
-        q_PV = logq_PV.exp()
-        columns[1].append(logq_PV.sub_(dense_PV).mul_(q_PV).sum(-1) + log_sum_P)
-        start += len(logq_PV)
-    nll, divergence = (float(torch.cat(column).view(ids_BL.shape)[:, :-1].sum()) for column in columns)
+    wanted_P = ids_BL.roll(-1, 1).flatten()  # the last one of each sequence is cut below
+    found = [compared[::2] for compared in text.compared(number, text.logits(ids_BL, x_BLd), wanted_P, reverse=True)]
+    nll, divergence = (float(torch.cat(column).view(ids_BL.shape)[:, :-1].sum()) for column in zip(*found, strict=True))
     return nll, divergence
 
 

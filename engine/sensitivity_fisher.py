@@ -46,7 +46,7 @@ def listen(
         gradient_PD = torch.empty_like(hidden).flatten(0, 1)
         for part in slices(len(gradient_PD), scorer.vocab):
             leaf_PD = hidden.detach().flatten(0, 1)[part].requires_grad_()
-            logits_PV = scorer.logits(leaf_PD)
+            logits_PV = scorer.logits(leaf_PD).float()
             gradient_PD[part] = torch.autograd.grad(logits_PV, leaf_PD, probe(logits_PV.detach(), generator))[0]
         hidden.backward(gradient_PD.view_as(hidden))
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bitpress.engine.calibrate import computing_in, enter
-from bitpress.engine.measure.logits import Scorer, likeliest, scorer_of, slices
+from bitpress.engine.measure.logits import Scorer, scorer_of, slices
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.model.load import compute_dtype
 from bitpress.engine.model.surgery import get
+from bitpress.kernels.compare import compare
 
 NO_TOKEN = -100  # follows the last one of a window
 
@@ -59,14 +60,7 @@ class Prefixes:
 
     def refer(self) -> None:
         """Let what the model predicts now be what later predictions are compared with."""
-        self.dense: list[list[Tensor]] = []
-        self.log_sums: list[list[Tensor]] = []
-        self.likeliest: list[list[Tensor]] = []
-        for ids_BL, x_BLd in zip(self.ids, self.states[-1], strict=True):
-            logits = [part.to(self.dtype) for part in self.logits(ids_BL, x_BLd)]
-            self.dense.append(logits)
-            self.log_sums.append([part.float().logsumexp(-1) for part in logits])
-            self.likeliest.append([likeliest(part) for part in logits])
+        self.dense = [list(self.logits(ids_BL, x_BLd)) for ids_BL, x_BLd in zip(self.ids, self.states[-1], strict=True)]
 
     def through(self, index: int, x_BLd: Tensor) -> Tensor:
         """A batch of states through one block."""
@@ -103,8 +97,14 @@ class Prefixes:
 
     def _divergence(self, number: int, slices_PV: Iterator[Tensor]) -> float:
         """Sum over the positions of a batch."""
-        known = zip(self.dense[number], self.log_sums[number], slices_PV, strict=True)
-        return sum(_kl_sum(dense_PV, log_sum_P, other_PV.to(self.dtype)) for dense_PV, log_sum_P, other_PV in known)
+        nothing_P = self.ids[number].flatten()  # only the divergence is read, which knows no targets
+        return sum(float(kl_P.double().sum()) for _, _, kl_P, _ in self.compared(number, slices_PV, nothing_P))
+
+    def compared(self, number: int, slices_PV: Iterator[Tensor], targets_P: Tensor, reverse: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """`compare` of the reference and a batch's slices of logits, a slice at a time; with `reverse` of the slices and the reference."""
+        step = len(self.dense[number][0])
+        for dense_PV, other_PV, wanted_P in zip(self.dense[number], slices_PV, targets_P.split(step), strict=True):
+            yield compare(other_PV, dense_PV, wanted_P) if reverse else compare(dense_PV, other_PV, wanted_P)
 
     def kl_plain(self) -> float:
         """The same by plain forwards of the whole model, whatever has changed."""
@@ -129,16 +129,8 @@ class Prefixes:
         for index in range(block, len(self.blocks)):
             self.states[index + 1][number] = self.through(index, self.states[index][number])
         targets_P = torch.cat([ids_BL[:, 1:], ids_BL[:, :1]], dim=1).flatten()  # the last one of each window is cut below
-        columns: list[list[Tensor]] = [[], [], [], []]
-        start = 0
-        reference = zip(self.dense[number], self.log_sums[number], self.likeliest[number], strict=True)
-        for (dense_PV, log_sum_P, likeliest_P), logits_PV in zip(reference, self.logits(ids_BL, self.states[-1][number]), strict=True):
-            wanted_P, other_PV = targets_P[start : start + len(logits_PV)], logits_PV.to(self.dtype)
-            compared = (*_compared(dense_PV, log_sum_P, other_PV, wanted_P), likeliest_P == likeliest(other_PV))
-            for column, values in zip(columns, compared, strict=True):
-                column.append(values)
-            start += len(logits_PV)
-        rows = [torch.cat(column).view(ids_BL.shape)[:, :-1].cpu() for column in columns]
+        parts = self.compared(number, self.logits(ids_BL, self.states[-1][number]), targets_P)
+        rows = [torch.cat(column).view(ids_BL.shape)[:, :-1].cpu() for column in zip(*parts, strict=True)]
         return list(zip(*(row.unbind(0) for row in rows), strict=True))
 
     def kl_without_block(self, block: int) -> float:
@@ -168,25 +160,6 @@ class Prefixes:
                 del block.forward
                 if forward is not None:
                     block.forward = forward
-
-
-def _compared(dense_PV: Tensor, log_sum_P: Tensor, other_PV: Tensor, targets_P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """NLL of the reference, NLL of the other, KL, each [P]."""
-    dense_PV, other_PV = dense_PV.float(), other_PV.float()
-    other_sum_P = other_PV.logsumexp(-1)
-    nll_dense_P = log_sum_P - dense_PV.gather(-1, targets_P[:, None])[:, 0]
-    nll_P = other_sum_P - other_PV.gather(-1, targets_P[:, None])[:, 0]
-    gap_P = (dense_PV - log_sum_P[:, None]).exp_().mul_(dense_PV - other_PV).sum(-1)
-    return nll_dense_P, nll_P, (gap_P + other_sum_P - log_sum_P).clamp_min(0.0)
-
-
-def _kl_sum(dense_PV: Tensor, log_sum_P: Tensor, other_PV: Tensor) -> float:
-    """sum_P sum_V p (log p - log q), p = softmax(dense); float32 inside, float64 over positions."""
-    other_PV = other_PV.float()
-    shift_P = other_PV.logsumexp(-1) - log_sum_P
-    dense_PV = dense_PV.float()
-    gap_P = (dense_PV - log_sum_P[:, None]).exp_().mul_(dense_PV - other_PV).sum(-1)
-    return float((gap_P + shift_P).double().sum())
 
 
 @contextmanager

@@ -174,7 +174,7 @@ def backward(scorer: Scorer, ids_BL: Tensor, loss: Loss) -> None:
     hidden_PD = predicting(scorer.hidden(ids_BL))
     leaf_PD = hidden_PD.detach().requires_grad_()
     for part in slices(len(leaf_PD), scorer.vocab):
-        (loss(scorer.logits(leaf_PD[part]), part) / len(leaf_PD)).backward()
+        (loss(scorer.logits(leaf_PD[part]).float(), part) / len(leaf_PD)).backward()
     hidden_PD.backward(leaf_PD.grad)
 
 
@@ -191,7 +191,7 @@ def knowledge_loss(teacher: Scorer, teacher_PD: Tensor, temperature: float) -> L
 
     def loss(logits_PV: Tensor, part: slice) -> Tensor:
         with torch.no_grad():
-            wanted_PV = (teacher.logits(teacher_PD[part]) / temperature).log_softmax(-1)
+            wanted_PV = (teacher.logits(teacher_PD[part]).float() / temperature).log_softmax(-1)
         made_PV = (logits_PV / temperature).log_softmax(-1)
         return temperature**2 * torch.nn.functional.kl_div(made_PV, wanted_PV, reduction="sum", log_target=True)
 
@@ -203,7 +203,7 @@ def drawn_from(teacher: Scorer, teacher_PD: Tensor, temperature: float, seed: in
     """A token for every position, int64 [P], drawn from the teacher's softened predictions."""
     luck = torch.Generator().manual_seed(seed)
     parts = [teacher_PD[part] for part in slices(len(teacher_PD), teacher.vocab)]
-    return torch.cat([torch.multinomial((teacher.logits(part_PD) / temperature).softmax(-1), 1, generator=luck)[:, 0] for part_PD in parts])
+    return torch.cat([torch.multinomial((teacher.logits(part_PD).float() / temperature).softmax(-1), 1, generator=luck)[:, 0] for part_PD in parts])
 
 
 def drawn_loss(drawn_P: Tensor, temperature: float) -> Loss:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-_SOURCES = ("lowbit", "table", "binary", "sparse", "panel", "step", "token", "stream", "cache", "outer", "attention")
+_SOURCES = ("lowbit", "table", "binary", "sparse", "panel", "step", "token", "stream", "cache", "outer", "attention", "compare")
 _HEADERS = ("bf16", "rows", "lanes", "panel", "lowbit", "meeting", "attend", "step", "cache", "cache_rows", "cache_codes", "cache_panel")
 SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}.cpp") for name in _SOURCES)
 HEADERS = tuple(Path(__file__).with_name(f"cpu_{name}.h") for name in _HEADERS)
@@ -130,6 +130,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.bitpress_rms_norm.argtypes = [address, address, address, number, real]
     lib.bitpress_attend_one.argtypes = [*[address] * 5, *[number] * 5, real, number]
     lib.bitpress_attend_cache.argtypes, lib.bitpress_attend_cache.restype = [*[address] * 7, *[number] * 3, real, number], None
+    lib.bitpress_compare.argtypes, lib.bitpress_compare.restype = [address, address, *[number] * 3, address, address, number], None
     lib.bitpress_gated_silu.argtypes = [address, address, number]
     lib.bitpress_token.argtypes = [address, number, address, number, *[address] * 6, *[number] * 5, real, number, number, number]
     lib.bitpress_token.restype = None

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from bitpress.engine.errors import Cancelled, InputError
 from bitpress.engine.measure.interval import Interval, safe_exp, settled, t_interval
-from bitpress.engine.measure.logits import Scorer, likeliest, scorer_of, slices
+from bitpress.engine.measure.logits import Scorer, scorer_of, slices
+from bitpress.kernels.compare import compare, losses
 
 FORWARD_TOKENS = 2048  # short windows share a forward up to this many tokens
 
@@ -117,7 +118,7 @@ def measure_alone(
 def nll_of(scorer: Scorer, ids_BT: Tensor) -> Tensor:
     """NLL of every predicted token, [B, T - 1], on the CPU."""
     hidden_PD, targets_P = _predicting(scorer, ids_BT)
-    nll_P = [_nll(scorer.logits(hidden_PD[part]).log_softmax(-1), targets_P[part]) for part in slices(len(targets_P), scorer.vocab)]
+    nll_P = [losses(scorer.logits(hidden_PD[part]), targets_P[part]) for part in slices(len(targets_P), scorer.vocab)]
     return torch.cat(nll_P).view(len(ids_BT), -1).cpu()
 
 
@@ -127,24 +128,10 @@ def _pair(dense: Scorer, other: Scorer) -> Callable[[Tensor], tuple[Tensor, ...]
         """NLL of dense and other, KL and same-top-1, each [B, T - 1] on the CPU."""
         hidden_PD, targets_P = _predicting(dense, ids_BT)
         other_PD, _ = _predicting(other, ids_BT)
-        parts = [_compare(dense.logits(hidden_PD[part]), other.logits(other_PD[part]), targets_P[part]) for part in slices(len(targets_P), dense.vocab)]
+        parts = [compare(dense.logits(hidden_PD[part]), other.logits(other_PD[part]), targets_P[part]) for part in slices(len(targets_P), dense.vocab)]
         return tuple(torch.cat(column).view(len(ids_BT), -1).cpu() for column in zip(*parts, strict=True))
 
     return score
-
-
-def _compare(dense_PV: Tensor, other_PV: Tensor, targets_P: Tensor) -> tuple[Tensor, ...]:
-    logp_PV, logq_PV = dense_PV.log_softmax(-1), other_PV.log_softmax(-1)
-    same_P = likeliest(dense_PV) == likeliest(other_PV)
-    nll_dense_P, nll_P = _nll(logp_PV, targets_P), _nll(logq_PV, targets_P)
-    # In place, and in the buffers at hand: a divergence written plainly holds six copies of the logits.
-    gap_PV = torch.sub(logp_PV, logq_PV, out=logq_PV)
-    kl_P = gap_PV.mul_(logp_PV.exp_()).sum(-1)
-    return nll_dense_P, nll_P, kl_P.clamp_min(0.0), same_P  # below zero only by rounding
-
-
-def _nll(logp_PV: Tensor, targets_P: Tensor) -> Tensor:
-    return -logp_PV.gather(-1, targets_P[:, None])[:, 0]
 
 
 def _predicting(scorer: Scorer, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
