@@ -21,6 +21,7 @@ from bitpress.app.ui.run_view import RunView
 from bitpress.app.ui.sensitivity_read import report_of
 from bitpress.app.ui.sweep_box import sweep_box
 from bitpress.app.ui.theme import AMOUNT
+from bitpress.app.ui.turn import turn_to
 from bitpress.engine.allocate import Allocation, Curve, allocate, price_of_a_byte, reasons
 from bitpress.engine.choices import Choices
 from bitpress.engine.errors import BitpressError
@@ -202,7 +203,7 @@ def act(anatomy: Anatomy, recipe: Recipe, found: Allocation) -> None:
     if run is not None:
         st.markdown(_verified(run.id, found))
     if st.session_state.pop("autotune-turn", False):
-        st.switch_page("pages/explore.py")
+        turn_to("explore")
 
 
 def _verify(recipe: Recipe) -> None:

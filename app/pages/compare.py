@@ -16,6 +16,7 @@ from bitpress.app.ui.layer_map import layer_map
 from bitpress.app.ui.notices import empty, guarded, plain, tell_notice
 from bitpress.app.ui.numbers import counted
 from bitpress.app.ui.theme import CHANGE
+from bitpress.app.ui.turn import turn_to
 from bitpress.engine.errors import BitpressError
 from bitpress.engine.runs.store import Store
 
@@ -163,7 +164,7 @@ def picked(event: Any, placed: Sequence[view.Entry], best: view.Entry | None) ->
         else:
             st.caption("Click a point to see its run and to load its recipe.", width="content")
     if st.session_state.pop("compare-turn", False):
-        st.switch_page("pages/explore.py")
+        turn_to("explore")
 
 
 def _open(run_id: str) -> None:

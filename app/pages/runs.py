@@ -15,6 +15,7 @@ from bitpress.app.ui.run_list import KIND_WORDS, MAIN_KINDS, STATE_WORDS, Filter
 from bitpress.app.ui.run_names import plan_of_run, short_id
 from bitpress.app.ui.run_view import RunView
 from bitpress.app.ui.similarity_view import similarity_charts
+from bitpress.app.ui.turn import turn_to
 from bitpress.engine.errors import BitpressError, InputError
 from bitpress.engine.runs import jobs
 from bitpress.engine.runs.status import Status
@@ -213,7 +214,7 @@ def actions(run: Run, status: Status) -> None:
             )
         _downloads(run)
     if st.session_state.pop("turn-to-explore", False):
-        st.switch_page("pages/explore.py")
+        turn_to("explore")
 
 
 def _turn_to(run: Run) -> None:

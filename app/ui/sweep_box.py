@@ -14,6 +14,7 @@ from bitpress.app.ui.notices import error_markdown, plain, show_error
 from bitpress.app.ui.numbers import amount, counted
 from bitpress.app.ui.run_view import RunView
 from bitpress.app.ui.theme import ACCENT, DENSE_COLOUR
+from bitpress.app.ui.turn import turn_to
 from bitpress.engine.errors import BitpressError
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.runs import jobs
@@ -125,7 +126,7 @@ def ended(status: Status) -> None:
             st.error(error_markdown(*(status.error.get(name, "") for name in ("what", "why", "remedy"))))
         points(records, at_work=False)
     if st.session_state.pop("sweep-turn", False):
-        st.switch_page("pages/compare.py", query_params={"tags": tag_of(status.id)})
+        turn_to("compare", tags=tag_of(status.id))
 
 
 def _turn() -> None:
