@@ -275,6 +275,13 @@ def describe(scheme: Scheme | None) -> str:
     return "; ".join(words) or "dense"
 
 
+def describe_layers(recipe: Recipe, anatomy: Anatomy) -> dict[str, str]:
+    """Layer -> its scheme in a few words; the embedding and a head of its own too."""
+    words = {name: describe(scheme) for name, scheme in recipe.resolve(anatomy).items()}
+    ends = ((anatomy.embedding, recipe.embedding), (anatomy.head, recipe.head))
+    return {part.name: _width(scheme) for part, scheme in ends if part is not None} | words
+
+
 def describe_cache(cache: KVCache | None) -> str:
     """A cache scheme in a few words."""
     if cache is None:

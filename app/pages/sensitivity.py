@@ -284,7 +284,7 @@ def harm_table(anatomy: Anatomy, measured: Measured, kind: str, option: str) -> 
     largest = max(measured.tables[kind][option].values(), default=1.0) or 1.0
     numbers[option] = st.column_config.ProgressColumn(option, format="%.3g", min_value=0.0, max_value=largest, help=HARMS.get(kind))
     st.dataframe(
-        rows, key=TABLE, hide_index=True, height=TABLE_HEIGHT, column_config=numbers, selection_mode="single-row",
+        rows, key=TABLE, hide_index=True, height=TABLE_HEIGHT, placeholder="", column_config=numbers, selection_mode="single-row",
         on_select=partial(_row_selected, rows["layer"]), alt=f"Layers of {anatomy.model} sorted by harm at {option_name(option)}",
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from math import floor, isfinite, log10
 THIN = "\u2009"
 MINUS = "\u2212"
 TIMES = "\u00d7"
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def amount(value: float, digits: int = 3) -> str:
@@ -16,14 +17,18 @@ def amount(value: float, digits: int = 3) -> str:
     places = digits - 1 - floor(log10(abs(value)))
     if abs(value) >= 1e9:
         mantissa, exponent = f"{abs(value):.{digits - 1}e}".split("e")
-        return f"{MINUS if value < 0 else ''}{mantissa}{TIMES}10^{int(exponent)}"
+        return f"{MINUS if value < 0 else ''}{mantissa}{TIMES}10{_raised(exponent)}"
     rounded = round(abs(value), places)
     if 0 < rounded < 1e-4:
         mantissa, exponent = f"{rounded:.{digits - 1}e}".split("e")
-        text = f"{mantissa}{TIMES}10^{int(exponent)}".replace("^-", "^" + MINUS)
+        text = f"{mantissa}{TIMES}10{_raised(exponent)}"
     else:
         text = f"{rounded:,.{max(places, 0)}f}".replace(",", THIN)
     return (MINUS if value < 0 else "") + text
+
+
+def _raised(exponent: str) -> str:
+    return str(int(exponent)).translate(RAISED)
 
 
 def whole(value: int) -> str:

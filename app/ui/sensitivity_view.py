@@ -70,7 +70,7 @@ def rows(anatomy: Anatomy, table: Table, option: str, recipe: Recipe | None) -> 
     """The table twin of the heatmap, sorted by the harm of one option, with the width each layer has in the recipe."""
     order = ranked(table[option])
     parts = [anatomy.by_name[name] for name in order]
-    schemes = recipe.resolve(anatomy) if recipe is not None else {}
+    words = edits.describe_layers(recipe, anatomy) if recipe is not None else {}
     columns: dict[str, list[Any]] = {
         "rank": list(range(1, len(order) + 1)),
         "block": [part.block for part in parts],
@@ -78,7 +78,7 @@ def rows(anatomy: Anatomy, table: Table, option: str, recipe: Recipe | None) -> 
     }
     for name in (option, *(other for other in table if other != option)):
         columns[name] = [table[name].get(layer) for layer in order]
-    columns["in the recipe"] = [edits.describe(schemes.get(name)) for name in order] if recipe is not None else [""] * len(order)
+    columns["in the recipe"] = [words.get(name, edits.describe(None) if recipe is not None else "") for name in order]
     columns["layer"] = order
     return columns
 

@@ -10,10 +10,10 @@ from bitpress.app.ui import numbers
 @pytest.mark.parametrize(
     ("value", "text"),
     [(20.7431, "20.7"), (0, "0"), (134515, "135\u2009000"), (0.01234, "0.0123"), (-1.5, "\u22121.50"), (999.6, "1\u2009000"), (1e6 / 3, "333\u2009000"),
-     (math.inf, "∞"), (math.nan, "n/a"), (2.5e-7, "2.50\u00d710^\u221207")],
+     (math.inf, "∞"), (math.nan, "n/a"), (2.5e-7, "2.50\u00d710⁻⁷"), (-4e12, "\u22124.00\u00d710¹²")],
 )  # fmt: skip
 def test_three_significant_digits(value: float, text: str) -> None:
-    assert numbers.amount(value) == text.replace("\u221207", "\u22127") or numbers.amount(value) == text
+    assert numbers.amount(value) == text
 
 
 def test_units_and_signs() -> None:

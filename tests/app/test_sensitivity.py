@@ -110,6 +110,13 @@ def test_rows_show_every_option_and_the_width_in_the_recipe(anatomy: Anatomy) ->
     assert set(rows["in the recipe"]) == {"4 bit, group 64, asymmetric"}
 
 
+def test_the_embedding_has_its_own_width_in_the_rows(anatomy: Anatomy) -> None:
+    table = {"8-bit": harm_of(anatomy) | {anatomy.embedding.name: 0.0}}
+    for embedding, said in (({"bits": 4}, "4 bit"), (None, "dense")):
+        recipe = Recipe.from_dict(FOUR_BITS.to_dict() | {"embedding": embedding})
+        assert view.rows(anatomy, table, "8-bit", recipe)["in the recipe"][-1] == said
+
+
 def test_an_edit_reaches_exactly_its_layers_and_says_what_changed(anatomy: Anatomy) -> None:
     layers = view.ranked(harm_of(anatomy))[:3]
     after = view.set_bits(FOUR_BITS, anatomy, layers, 8)
