@@ -20,7 +20,7 @@ from bitpress.engine.methods.base import LinearMethod, finite
 from bitpress.engine.model import surgery
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme, Structure
-from bitpress.engine.sensitivity import rows_scheme
+from bitpress.engine.sensitivity_options import rows_scheme
 from bitpress.engine.sensitivity_truth import Prefixes
 
 BATCH = 2  # windows that share a forward; an order that is superseded stops between two

@@ -16,7 +16,10 @@ from bitpress.engine.allocate import frontier
 from bitpress.engine.choices import DENSE, choices_of
 from bitpress.engine.model import surgery
 from bitpress.engine.model.load import Loaded
-from bitpress.engine.sensitivity_file import FISHER, Option, SensitivityReport
+from bitpress.engine.sensitivity_file import FISHER, LOSS, Option, SensitivityReport
+from bitpress.engine.sensitivity_fisher import windows
+from bitpress.engine.sensitivity_options import made_of
+from bitpress.engine.sensitivity_scoring import Scoring
 
 BITS = 3.5  # a linear weight, of the context
 MOST = 3  # layers that are measured
@@ -24,12 +27,25 @@ FEWEST_WINDOWS = 4  # in a sequence, for it to matter on which of them a score s
 Made = Callable[[str, Option], Tensor]  # the matrix of a layer under an option
 
 
-def doubtful(stand: Mapping[str, Sequence[float]], sequences: int, windows: int) -> list[str]:
+def score_in_context(scoring: Scoring, ids_SL: Tensor) -> None:
+    """What a budget spends by: the divergences to second order, but of doubtful layers what they do among changed ones."""
+    layers, report = doubtful(scoring.stand, len(ids_SL), windows(ids_SL.shape)), scoring.report
+    known = [score for score in report.scores if score.kind == FISHER and score.layer not in layers]
+    report.scores = [score for score in report.scores if score.kind != LOSS] + [score.model_copy(update={"kind": LOSS}) for score in known]
+    if layers:
+        scoring.emit("stage_started", {"stage": "measuring layers that scores do not tell", "total": len(layers)})
+        made = lambda name, option: scoring.weight(name) if option.scheme.is_dense else made_of(scoring.weight(name), option.scheme)  # noqa: E731
+        for layer, option, harm in harms(scoring.loaded, report, ids_SL, layers, made):
+            scoring.check()
+            scoring.keep(layer, option, LOSS, harm)
+
+
+def doubtful(stand: Mapping[str, Sequence[float]], sequences: int, count: int) -> list[str]:
     """Layers most of whose scores stand on fewer windows than half the sequences, the worst first.
 
-    stand: layer -> how many windows each of its scores stands on. windows: of all sequences together.
+    stand: layer -> how many windows each of its scores stands on. count: windows of all sequences together.
     """
-    if windows < FEWEST_WINDOWS * sequences:
+    if count < FEWEST_WINDOWS * sequences:
         return []
     middle = {layer: sorted(counts)[len(counts) // 2] for layer, counts in stand.items()}
     return sorted((layer for layer, count in middle.items() if count < sequences / 2), key=lambda layer: middle[layer])[:MOST]

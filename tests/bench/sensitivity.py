@@ -46,6 +46,7 @@ from bitpress.engine.model import library, load, surgery
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.runs.resident import compute_in
 from bitpress.engine.sensitivity_file import FISHER, LOSS, OPTIONS
+from bitpress.engine.sensitivity_options import made_of
 
 MODEL, EVALUATION = "smollm2-135m", "wikitext2-raw/test"
 CHECKED = ("3-bit", "50%", "2:4")
@@ -137,7 +138,7 @@ def single_layers(bench: Bench) -> None:
 
 def _single_layer(bench: Bench, prefixes: truth.Prefixes, part: Any, option: Any) -> None:
     module = surgery.get(bench.loaded.model, part.name)
-    with truth.changed(module, engine.made_of(bench.stored[part.name].float(), option.scheme)):
+    with truth.changed(module, made_of(bench.stored[part.name].float(), option.scheme)):
         cached, seconds = timed(lambda: prefixes.kl_from(part.block))
         values: Row = {"kind": "truth", "layer": part.name, "option": option.id, "block": part.block, "kl": cached, "seconds": seconds}
         if len(bench.known("truth")) < PAIRS:

@@ -18,8 +18,9 @@ from bitpress.engine.methods.quantize.pipeline import dequantize_groups, quantiz
 from bitpress.engine.model import surgery
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.recipe import WeightScheme
-from bitpress.engine.sensitivity import made_of, measure_on_text, measure_sensitivity
+from bitpress.engine.sensitivity import measure_on_text, measure_sensitivity
 from bitpress.engine.sensitivity_file import ACTIVATION, DATA_FREE, DROP, FISHER, KL, KL_WITHOUT, LOSS, OPTIONS, QUICK_KINDS, find, read
+from bitpress.engine.sensitivity_options import made_of
 
 Build = Callable[..., Loaded]
 IDS = torch.arange(36).view(3, 12) * 11 % 320
@@ -191,7 +192,7 @@ def test_a_layer_that_scores_cannot_tell_is_measured_among_changed_ones(in_memor
     told = plain.table(FISHER)
     assert plain.table(LOSS) == told, "scores that stand on enough are kept as they are"
     assert plain.spent_by == LOSS
-    monkeypatch.setattr(sensitivity_context, "doubtful", lambda stand, sequences, windows: [name])
+    monkeypatch.setattr(sensitivity_context, "doubtful", lambda stand, sequences, count: [name])
     spent = measure_sensitivity(loaded, ids, force=True)
     assert spent.table(FISHER) == told
     around = sensitivity_context.options_at(loaded, spent)
@@ -213,9 +214,10 @@ def test_a_layer_that_scores_cannot_tell_is_measured_among_changed_ones(in_memor
 def test_scores_that_stand_on_a_few_windows_are_doubted() -> None:
     even_SL = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
     first_SL = torch.zeros(8, 256).index_fill(1, torch.tensor([0]), 1.0) * torch.tensor([9.0, 1, 1, 1, 1, 1, 1, 1])[:, None]
-    assert sensitivity_fisher.stands_on(even_SL) > 30
-    assert 1 <= sensitivity_fisher.stands_on(first_SL) < 2
-    assert sensitivity_fisher.stands_on(torch.zeros(8, 256)) == 1
+    stands_on = lambda products_SL: sensitivity_fisher.stands_on(sensitivity_fisher.in_windows(products_SL[..., None]).sum((1, 2)))  # noqa: E731
+    assert stands_on(even_SL) > 30
+    assert 1 <= stands_on(first_SL) < 2
+    assert stands_on(torch.zeros(8, 256)) == 1
     stand = {"even": [40.0, 3.0, 50.0], "few": [3.0, 30.0, 2.0], "fewest": [1.5, 1.5, 1.5]}
     windows = sensitivity_fisher.windows((8, 256))
     assert windows == 128
