@@ -17,9 +17,7 @@ from bitpress.engine.measure.logits import Scorer, scorer_of, slices
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.model.load import compute_dtype
 from bitpress.engine.model.surgery import get
-from bitpress.kernels.compare import compare
-
-NO_TOKEN = -100  # follows the last one of a window
+from bitpress.kernels.compare import compare, losses
 
 
 class Prefixes:
@@ -72,28 +70,24 @@ class Prefixes:
 
     def kl_from(self, block: int) -> float:
         """Mean KL divergence a token, in nats, of the reference from the model as it is now, if nothing before `block` has changed."""
-        total, count = 0.0, 0
-        for number, ids_BL in enumerate(self.ids):
-            x_BLd = self.states[block][number]
-            for index in range(block, len(self.blocks)):
-                x_BLd = self.through(index, x_BLd)
-            total += self._divergence(number, self.logits(ids_BL, x_BLd))
-            count += ids_BL.numel()
-        return max(0.0, total / count)
+        total = sum(self._divergence(number, slices_PV) for number, slices_PV in enumerate(self._from(block)))
+        return max(0.0, total / sum(ids_BL.numel() for ids_BL in self.ids))
 
     def loss_from(self, block: int) -> float:
         """Mean loss of a token that is predicted, in nats, of the model as it is now, if nothing before `block` has changed since `take`."""
-        total, count = 0.0, 0
-        for number, ids_BL in enumerate(self.ids):
-            x_BLd = self.states[block][number]
+        total = 0.0
+        for ids_BL, slices_PV in zip(self.ids, self._from(block), strict=True):
+            wanted = (ids_BL.roll(-1, 1).flatten()[part] for part in slices(ids_BL.numel(), self.scorer.vocab))
+            nll_P = torch.cat([losses(logits_PV, wanted_P) for logits_PV, wanted_P in zip(slices_PV, wanted, strict=True)])
+            total += float(nll_P.view(ids_BL.shape)[:, :-1].double().sum())  # behind the last one of a sequence there is nothing to predict
+        return total / sum(ids_BL[:, 1:].numel() for ids_BL in self.ids)
+
+    def _from(self, block: int) -> Iterator[Iterator[Tensor]]:
+        """The logits of each batch in slices, from the states that enter `block`; they are not kept."""
+        for ids_BL, x_BLd in zip(self.ids, self.states[block], strict=True):
             for index in range(block, len(self.blocks)):
                 x_BLd = self.through(index, x_BLd)
-            targets_P = torch.nn.functional.pad(ids_BL[:, 1:], (0, 1), value=NO_TOKEN).flatten()
-            slices_PV = self.logits(ids_BL, x_BLd)
-            for logits_PV, part_P in zip(slices_PV, (targets_P[part] for part in slices(len(targets_P), self.scorer.vocab)), strict=True):
-                total += float(torch.nn.functional.cross_entropy(logits_PV.float(), part_P, ignore_index=NO_TOKEN, reduction="sum"))
-            count += ids_BL[:, 1:].numel()
-        return total / count
+            yield self.logits(ids_BL, x_BLd)
 
     def _divergence(self, number: int, slices_PV: Iterator[Tensor]) -> float:
         """Sum over the positions of a batch."""

@@ -16,14 +16,16 @@ def add_outer(total_NK: Tensor, left_MN: Tensor, right_MK: Tensor, upper: bool =
     """total_NK += left_MN^T right_MK, for float64 totals. With `upper` only what lies on or above the diagonal need be right; the rest may hold anything."""
     lib = cpu_build.library() if left_MN.dtype == right_MK.dtype == torch.bfloat16 and total_NK.device.type == "cpu" and len(left_MN) else None
     if lib is None or not lib.bitpress_has_panels():
-        _by_torch(total_NK, left_MN.float(), right_MK.float(), upper)
+        by_torch(total_NK, left_MN, right_MK, upper)
         return
     left_MN, right_MK = left_MN.contiguous(), right_MK.contiguous()
     sizes = *left_MN.shape, right_MK.shape[1]
     lib.bitpress_outer(left_MN.data_ptr(), right_MK.data_ptr(), *sizes, upper, total_NK.data_ptr(), torch.get_num_threads())
 
 
-def _by_torch(total_NK: Tensor, left_MN: Tensor, right_MK: Tensor, upper: bool) -> None:
+def by_torch(total_NK: Tensor, left_MN: Tensor, right_MK: Tensor, upper: bool = False) -> None:
+    """As `add_outer`, by torch: on any device and in any type."""
+    left_MN, right_MK = left_MN.float(), right_MK.float()
     for start in range(0, left_MN.shape[1], SPAN):
         later = start if upper else 0
         total_NK[start : start + SPAN, later:] += left_MN[:, start : start + SPAN].t() @ right_MK[:, later:]

@@ -278,7 +278,8 @@ def _undo() -> None:
 
 def harm_table(anatomy: Anatomy, measured: Measured, kind: str, option: str) -> None:
     """Every layer, the most harmed first; a row selects its square."""
-    st.markdown(f"**Layers by harm at {option_name(option)}**", help="The same numbers as the heatmap. Select a row to see the layer above.")
+    words = "The same numbers as the heatmap; empty where a layer has no such option. Select a row to see the layer above."
+    st.markdown(f"**Layers by harm at {option_name(option)}**", help=words)
     rows = view.rows(anatomy, measured.tables[kind], option, state.session().recipe)
     numbers = {name: st.column_config.NumberColumn(name, format="%.3g", help=HARMS.get(kind)) for name in measured.tables[kind]}
     largest = max(measured.tables[kind][option].values(), default=1.0) or 1.0

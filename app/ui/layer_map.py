@@ -6,21 +6,15 @@ and boxes at once. The selection lives in the session under the component's key,
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
+from bitpress.app.ui.component import own_component
 from bitpress.app.ui.theme import AMOUNT, STEPS, palette
 from bitpress.engine.model.anatomy import Anatomy, Part
 
-_HERE = Path(__file__).parent
-_component = st.components.v2.component(
-    "bitpress_layer_map",
-    html='<div class="layer-map"></div>',
-    css=(_HERE / "layer_map.css").read_text(),
-    js=(_HERE / "layer_map.js").read_text(),
-)
+_component = own_component("layer_map")
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,14 @@ page busy for more than a second after it was drawn, whatever the number of runs
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import streamlit as st
+from bitpress.app.ui.component import own_component
 
 HEIGHT = 360
 SCALE = ("#e0a33e", "#00a5ab", "#7f8cf5")
 DIGITS = 5
-_HERE = Path(__file__).parent
-_component = st.components.v2.component(
-    "bitpress_parallel_lines",
-    html='<div class="parallel-lines"></div>',
-    css=(_HERE / "parallel_lines.css").read_text(),
-    js=(_HERE / "parallel_lines.js").read_text(),
-)
+_component = own_component("parallel_lines")
 
 
 @dataclass(frozen=True)

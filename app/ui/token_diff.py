@@ -8,24 +8,18 @@ is only ever written as text, never as markup.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log10
-from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
 from bitpress.app.ui.alignment import FIRST, OTHER, SAME, Alignment, align
+from bitpress.app.ui.component import own_component
 
 Token = Mapping[str, Any]
 KL_LOW, KL_HIGH = 1e-3, 10.0  # nats; the tint is logarithmic between them
 KL_STEPS = ("0.01", "0.1", "1", "10")
 SHOWN_ALTERNATIVES = 5
-_HERE = Path(__file__).parent
-_component = st.components.v2.component(
-    "bitpress_token_diff",
-    html='<div class="token-diff"></div>',
-    css=(_HERE / "token_diff.css").read_text(encoding="utf8"),
-    js=(_HERE / "token_diff.js").read_text(encoding="utf8"),
-)
+_component = own_component("token_diff")
 
 
 @dataclass(frozen=True)

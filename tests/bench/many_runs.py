@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from app_speed import row, running_app
+from app_speed import open_first_page, row, running_app
 from playwright.sync_api import Page, sync_playwright
 
 from bitpress.engine.model import library, load
@@ -89,7 +89,7 @@ def visit(page: Page, name: str) -> float:
 
 def visits(address: str, page: Page) -> dict[str, list[float]]:
     """The pages in turn, with another one between, so that nothing of the last visit is still on screen."""
-    page.goto(address)
+    open_first_page(page, address)
     page.wait_for_selector(IDLE, state="attached", timeout=120_000)
     found: dict[str, list[float]] = {"Compare": [], "Autotune": []}
     for _ in range(VISITS):
