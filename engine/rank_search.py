@@ -3,7 +3,9 @@
 One ratio for q and k, one each for o, gate, up and down, over all blocks (5x1) or over each quarter of them (5x4). Values are
 left whole. Every proposal is scaled to the wanted share of parameters, so that all allocations tried are of one size. The
 objective is log perplexity plus the divergence of the compressed model from the dense one, log q under q (reverse KL), in nats
-a token. What a proposal shares with one tried before, from the first block up to a quarter, is not computed again.
+a token. What a proposal shares with one tried before, from the first block up to a quarter, is not computed again. One that is
+far worse than the best on the same first part of the text is given up there; what it is told as is the best one's objective
+and the gap so far, which is nearer to the truth than its own mean over that part.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,8 +31,9 @@ GROUPS = {"qk": ("q", "k"), "o": ("o",), "gate": ("gate",), "up": ("up",), "down
 START = {"qk": 0.5, "o": 0.5, "gate": 0.8, "up": 0.8, "down": 0.8}
 LOWEST, STEP = 0.2, 8  # least share of a matrix's parameters; ranks are multiples of this
 QUARTERS = 4
+SPANS = {"5x1": 1, "5x4": QUARTERS}
 PREFIXES = 24  # of each batch, the latest ones
-HOPELESS = 2.0  # nats above the best so far at half of the text: the rest is not read
+HOPELESS, FIRST_LOOK = 0.5, 0.25  # nats above the best on the same text, from this share of it on: the rest is not read
 HELD_OUT, OBJECTIVE_LENGTH = 16, 256  # sequences, and tokens of each, that only the objective sees
 Ratios = dict[str, float]
 Emit = Callable[[str, dict[str, Any]], object]
@@ -141,29 +144,39 @@ def projected(loaded: Loaded, ids_SL: Tensor, names: list[str], should_stop: Cal
 
 @dataclass
 class Objective:
-    """Allocations judged on one text, prefixes of earlier ones kept."""
+    """Allocations judged on one text, prefixes of earlier ones kept. best: sums of the best one so far up to each batch."""
 
     space: Space
     layers: dict[str, Projected]
     text: Prefixes
     kept: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    best: list[float] = field(default_factory=list)
 
-    def judge(self, ratios: Ratios, best: float) -> Trial:
-        """The objective of an allocation; on half of the text only where that is far above `best`."""
+    def judge(self, ratios: Ratios) -> Trial:
+        """The objective of an allocation; on the first part of the text only where that is far above the best one's."""
         ranks = {part.name: self.space.rank(part, ratios[name]) for name, parts in self.space.parts.items() for part in parts}
         with changed(self.layers, ranks):
-            return self._read(ratios, ranks, best)
+            return self._read(ratios, ranks)
 
-    def _read(self, ratios: Ratios, ranks: dict[str, int], best: float) -> Trial:
-        nll = divergence = 0.0
-        count, batches = 0, self.text.ids
+    def _read(self, ratios: Ratios, ranks: dict[str, int]) -> Trial:
+        nll, count, batches = 0.0, 0, self.text.ids
+        sums: list[float] = []
         for number, ids_BL in enumerate(batches):
             losses = _losses(self.text, number, ids_BL, self._through(number, ids_BL, ranks))
-            nll, divergence, count = nll + losses[0], divergence + losses[1], count + ids_BL.shape[0] * (ids_BL.shape[1] - 1)
-            if 2 * (number + 1) >= len(batches) and (nll + divergence) / count > best + HOPELESS:
+            nll, count = nll + losses[0], count + ids_BL[:, 1:].numel()
+            sums.append(sum(losses) + (sums[-1] if sums else 0.0))
+            if self.best and number + 1 >= FIRST_LOOK * len(batches) and sums[-1] - self.best[number] > HOPELESS * count:
                 break
-        perplexity = float(torch.tensor(nll / count).exp())
-        return Trial(ratios, (nll + divergence) / count, perplexity, self.space.keep(ratios), (number + 1) / len(batches))
+        read = len(sums) / len(batches)
+        behind = (sums[-1] - self.best[len(sums) - 1]) / count if read < 1 else 0.0
+        objective = self._mean(self.best) + behind if read < 1 else self._mean(sums)
+        if read == 1 and (not self.best or sums[-1] < self.best[-1]):
+            self.best = sums
+        return Trial(ratios, objective, float(torch.tensor(nll / count).exp()), self.space.keep(ratios), read)
+
+    def _mean(self, sums: list[float]) -> float:
+        """A token's share of what the whole text sums to."""
+        return sums[-1] / sum(ids_BL[:, 1:].numel() for ids_BL in self.text.ids)
 
     def _through(self, number: int, ids_BL: Tensor, ranks: dict[str, int]) -> Tensor:
         blocks = self.space.anatomy.blocks
@@ -205,6 +218,46 @@ def changed(layers: dict[str, Projected], ranks: dict[str, int]) -> Iterator[Non
             module.weight.data, module.bias = weight, bias
 
 
+@contextmanager
+def objective_on(loaded: Loaded, space: Space, ids_SL: Tensor, text_SL: Tensor, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Objective]:
+    """What allocations are judged by, for as many searches as are wanted. ids_SL: sequences for the directions. text_SL: others, for the objective."""
+    layers = projected(loaded, ids_SL, [part.name for parts in space.parts.values() for part in parts], should_stop)
+    with Prefixes(loaded.model, loaded.anatomy, text_SL, batch=2).open() as text:
+        text.take()
+        text.refer()
+        yield Objective(space, layers, text)
+
+
+def search(
+    objective: Objective,
+    keep: float,
+    evaluations: int = 50,
+    seed: int = 0,
+    random: bool = False,
+    on_trial: Callable[[Trial], None] = lambda _: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Trial]:
+    """Try `evaluations` allocations of this share of the block linears' parameters; the paper's start and an even one are the first two.
+
+    random: draw ratios evenly instead, to compare with. Raises InputError for a share that cannot be met, Cancelled when told to stop.
+    """
+    space, study, objective.best = objective.space, _study(seed, random), []
+    start = space.scaled({name: START[name.split("-")[0]] for name in space.parts}, keep)
+    study.enqueue_trial(start)
+    study.enqueue_trial(dict.fromkeys(start, keep))
+    trials: list[Trial] = []
+    for _ in range(evaluations):
+        if should_stop():
+            raise Cancelled()
+        with torch.inference_mode(False), torch.enable_grad():  # the sampler fits its own model by gradients
+            asked = study.ask()
+            ratios = space.scaled({name: asked.suggest_float(name, LOWEST, 1.0) for name in space.parts}, keep)
+        trials.append(objective.judge(ratios))
+        study.tell(asked, trials[-1].objective)
+        on_trial(trials[-1])
+    return trials
+
+
 def search_ranks(
     loaded: Loaded,
     ids_SL: Tensor,
@@ -213,35 +266,14 @@ def search_ranks(
     kind: Literal["5x1", "5x4"] = "5x1",
     evaluations: int = 50,
     seed: int = 0,
-    random: bool = False,
     on_trial: Callable[[Trial], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[list[Trial], list[dict[str, Any]]]:
-    """Try `evaluations` allocations; returns them in order, and the best one as recipe lines.
-
-    ids_SL: calibration sequences for the directions. text_SL: others, for the objective. keep: share of the block linears'
-    parameters. random: draw ratios evenly instead, to compare with. Raises InputError for a share that cannot be met.
-    """
-    space = Space(loaded.anatomy, 1 if kind == "5x1" else QUARTERS)
-    start = space.scaled({name: START[name.split("-")[0]] for name in space.parts}, keep)
-    layers = projected(loaded, ids_SL, [part.name for parts in space.parts.values() for part in parts], should_stop)
-    study = _study(seed, random)
-    study.enqueue_trial(start)
-    study.enqueue_trial(dict.fromkeys(start, keep))
-    trials: list[Trial] = []
-    with Prefixes(loaded.model, loaded.anatomy, text_SL, batch=2).open() as text:
-        text.take()
-        text.refer()
-        objective = Objective(space, layers, text)
-        for _ in range(evaluations):
-            if should_stop():
-                raise Cancelled()
-            with torch.inference_mode(False), torch.enable_grad():  # the sampler fits its own model by gradients
-                asked = study.ask()
-                ratios = space.scaled({name: asked.suggest_float(name, LOWEST, 1.0) for name in space.parts}, keep)
-            trials.append(objective.judge(ratios, min((trial.objective for trial in trials), default=float("inf"))))
-            study.tell(asked, trials[-1].objective)
-            on_trial(trials[-1])
+    """One search from the model on; returns its trials in order, and the best one as recipe lines. Arguments as `objective_on` and `search`."""
+    space = Space(loaded.anatomy, SPANS[kind])
+    space.scaled(dict.fromkeys(space.parts, keep), keep)  # a share that cannot be met is refused before the long work
+    with objective_on(loaded, space, ids_SL, text_SL, should_stop) as objective:
+        trials = search(objective, keep, evaluations, seed, False, on_trial, should_stop)
     return trials, space.lines(min(trials, key=lambda trial: trial.objective).ratios)
 
 

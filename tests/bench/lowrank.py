@@ -14,6 +14,8 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,13 +30,13 @@ from bitpress.engine.measure.measure import windows_for
 from bitpress.engine.measure.perplexity import measure_pair, perplexity
 from bitpress.engine.model import library, surgery
 from bitpress.engine.model.load import Loaded, load
-from bitpress.engine.rank_search import Space, Trial, search_ranks
+from bitpress.engine.rank_search import SPANS, Objective, Space, Trial, objective_on, search, search_ranks
 from bitpress.engine.recipe import Calibration, Measure, Recipe
 
 METHODS = ("svd", "asvd", "svd-llm", "rom")
 COLUMNS = {
     "weights": ("removed", "entrant", "kept", "perplexity", "ratio", "low", "high", "kl", "seconds"),
-    "search": ("removed", "kind", "seed", "bo", "random", "first", "even", "seconds", "cpu_s"),
+    "search": ("removed", "kind", "seed", "bo", "random", "first", "even", "seconds", "cpu_s", "setup_cpu_s"),
     "cache": ("entrant", "bytes_per_token", "share", "ratio", "low", "high", "kl"),
     "steps": ("entrant", "context", "cache_bytes", "share", "step_ms", "p10_ms", "tokens_per_s", "faster"),
 }
@@ -77,7 +79,7 @@ def weight_rows(loaded: Loaded, ids_NT: torch.Tensor, tokens: CalibrationSet, te
             if asked.entrants and entrant not in asked.entrants:
                 continue
             if not lines:
-                _, lines = search_ranks(loaded, tokens.ids_SL, text_SL, keep, entrant.split()[-1], asked.evaluations)
+                lines = best_lines(loaded, tokens, text_SL, removed, entrant.split()[-1], asked)
             plan, began = recipe(asked.model, schemes=lines, stages=[{"method": method}]), time.perf_counter()
             made = compress(loaded, plan, calibration=tokens).model
             seconds = time.perf_counter() - began
@@ -85,28 +87,48 @@ def weight_rows(loaded: Loaded, ids_NT: torch.Tensor, tokens: CalibrationSet, te
             yield {"removed": removed, "entrant": entrant, "kept": kept, "seconds": seconds, **quality(loaded, made, ids_NT)}
 
 
-def search_rows(loaded: Loaded, tokens: CalibrationSet, text_SL: torch.Tensor, asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The best objective of optimisation and of chance after the same number of evaluations; every trial is told as it comes, with its CPU time."""
+def best_lines(loaded: Loaded, tokens: CalibrationSet, text_SL: torch.Tensor, removed: float, kind: Any, asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """The best allocation among the trials that `--trials` names, or of a search of its own where that has none."""
+    rows = [json.loads(row) for row in asked.trials.read_text().splitlines()] if asked.trials else []
+    known = [row for row in rows if row["table"] == "trial" and not row["random"] and (row["removed"], row["kind"]) == (removed, kind)]
+    if known:
+        return Space(loaded.anatomy, SPANS[kind]).lines(min(known, key=lambda row: row["objective"])["ratios"])
+    return search_ranks(loaded, tokens.ids_SL, text_SL, 1 - removed, kind, asked.evaluations)[1]
 
-    def tried(row: dict[str, Any], random: bool) -> list[Trial]:
+
+def search_rows(loaded: Loaded, tokens: CalibrationSet, text_SL: torch.Tensor, asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The best objective of optimisation and of chance after the same number of evaluations; every trial is told as it comes, with its CPU time.
+
+    The directions are taken once and serve all searches: the time of a search alone is `setup_cpu_s` and its own `cpu_s`.
+    """
+    for kind in asked.kinds:
+        began = time.process_time()
+        with objective_on(loaded, Space(loaded.anatomy, SPANS[kind]), tokens.ids_SL, text_SL) as objective:
+            spent = {"setup_cpu_s": time.process_time() - began}
+            for removed, seed in product(asked.removed, asked.seeds):
+                row = {"removed": removed, "kind": kind, "seed": seed}
+                yield {**row, **searched(objective, row, asked), **spent}
+
+
+def searched(objective: Objective, row: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
+    """One seed of both searches; without `--chance` of optimisation only."""
+
+    def tried(random: bool) -> list[Trial]:
         def tell(trial: Trial) -> None:
             spent = {"cpu_s": time.process_time() - began, "random": random}
             print(json.dumps({"table": "trial", **row, **spent, "objective": trial.objective, "read": trial.read, "ratios": trial.ratios}), flush=True)
 
         began = time.process_time()
-        keep = 1 - row["removed"]
-        return search_ranks(loaded, tokens.ids_SL, text_SL, keep, row["kind"], asked.evaluations, row["seed"], random, on_trial=tell)[0]
+        return search(objective, 1 - row["removed"], asked.evaluations, row["seed"], random, tell)
 
     def best(trials: list[Trial]) -> float:
         return min(trial.objective for trial in trials)
 
-    for removed in asked.removed:
-        for kind in asked.kinds:
-            for seed in asked.seeds:
-                row, began, spent = {"removed": removed, "kind": kind, "seed": seed}, time.perf_counter(), time.process_time()
-                wise = tried(row, random=False)
-                times = {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - spent}
-                yield {**row, "bo": best(wise), "random": best(tried(row, random=True)), "first": wise[0].objective, "even": wise[1].objective, **times}
+    began, spent = time.perf_counter(), time.process_time()
+    wise = tried(random=False)
+    times = {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - spent}
+    chance = {"random": best(tried(random=True))} if asked.chance else {}
+    return {"bo": best(wise), **chance, "first": wise[0].objective, "even": wise[1].objective, **times}
 
 
 # Cache -----------------------------------------------------------------------------------------------------------
@@ -202,6 +224,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--entrants", nargs="*", default=[], help="by name; all without it")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--evaluations", type=int, default=50)
+    parser.add_argument("--no-chance", dest="chance", action="store_false", help="leave random search away")
+    parser.add_argument("--trials", type=Path, help="rows of `--tables search`, whose best ranks are used in `weights`")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--tier", default="quick")
