@@ -9,7 +9,7 @@ Types on a CPU, the same for dense and packed: steps and short pieces (up to 8 t
 weights is all that costs; longer pieces in what the machine multiplies fastest (`compute_dtype`); the cache in bfloat16.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitpress.engine import decode_graph
+from bitpress.engine.decode_block import Block, Norm
 from bitpress.engine.decode_plain import TransformersLoop
 from bitpress.engine.errors import InputError
 from bitpress.engine.model.load import compute_dtype
 from bitpress.kernels import cpu_step
 from bitpress.kernels.attention import attend_back, attends
-from bitpress.kernels.cpu_token import BlockParts, EndParts, TokenStep
+from bitpress.kernels.cpu_token import EndParts, TokenStep
 from bitpress.kernels.rows import join
 
+Turn = Callable[[Block, Tensor, Tensor], Tensor]
 OWN_LOOP = ("llama", "mistral", "qwen2", "qwen3")
 MOVING_ROPE = ("dynamic", "longrope")  # frequencies that change with the length: no table holds them
-SILU = ("silu", "swish")
 SHORT = 8  # tokens up to which a piece is bound by reading the weights, as a step is
 LOGIT_ROWS = 256  # positions whose logits exist at a time
 
@@ -176,55 +177,14 @@ def check_cache(model: Any, max_length: int = 1) -> None:
         raise InputError("The KV cache of this model cannot be compressed.", why, "Leave out `kv_cache`, or what stands against it.")
 
 
-class _Block:
-    """One block's parts, fused where they can be."""
-
-    def __init__(self, block: Any, activation: str, dtype: torch.dtype) -> None:
-        attention, mlp = block.self_attn, block.mlp
-        self.qkv = join([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
-        self.out = join([attention.o_proj], dtype)
-        self.gate_up = join([mlp.gate_proj, mlp.up_proj], dtype)
-        self.down = join([mlp.down_proj], dtype)
-        self.activation = F.silu if activation in SILU else mlp.act_fn
-        self.attention_norm, self.mlp_norm = _Norm(block.input_layernorm, dtype), _Norm(block.post_attention_layernorm, dtype)
-        self.head_norms = [_Norm(norm, dtype) for norm in (attention.q_norm, attention.k_norm)] if hasattr(attention, "q_norm") else []
-        self.heads, self.kv_heads = (linear.out_features // attention.head_dim for linear in (attention.q_proj, attention.k_proj))
-        self.neurons = mlp.down_proj.in_features
-        self.key_head_of: Tensor | None = getattr(attention, "key_head_of", None)  # where groups of query heads are of unlike size
-
-    @property
-    def parts(self) -> BlockParts:
-        """What a step in C++ needs of it."""
-        norms = (self.attention_norm.weight_D, self.attention_norm.epsilon), (self.mlp_norm.weight_D, self.mlp_norm.epsilon)
-        return BlockParts(norms, (self.qkv, self.out, self.gate_up, self.down))
-
-
-class _Norm:
-    """RMSNorm over the last axis, summed in float32.
-
-    torch has no fused one for CPUs, but a fused LayerNorm: [x, -x] has mean 0 and the variance that RMSNorm divides by.
-    """
-
-    def __init__(self, norm: Any, dtype: torch.dtype) -> None:
-        self.weight_D, self.epsilon, self.width = norm.weight.detach().to(dtype), norm.variance_epsilon, len(norm.weight)
-        self.doubled = torch.cat((self.weight_D, self.weight_D))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.numel() == self.width and x.dtype == torch.bfloat16 and x.device.type == "cpu" and cpu_step.available():
-            return cpu_step.rms_norm(x, self.weight_D, self.epsilon)
-        if x.device.type != "cpu" or x.dtype != self.doubled.dtype:
-            return F.rms_norm(x, (self.width,), self.weight_D.to(x.dtype), self.epsilon)
-        return torch.layer_norm(torch.cat((x, -x), -1), (2 * self.width,), self.doubled, None, self.epsilon)[..., : self.width]
-
-
 class _OwnLoop:
     """Llama-like blocks, each over its own part of a static cache: [1, KV heads of keys then of values, position, channel]."""
 
     def __init__(self, decoder: Decoder) -> None:
         model, config = decoder.model, decoder.model.config.get_text_config()
         self.step_dtype, self.piece_dtype, self.cache_dtype, self.position = decoder.step_dtype, decoder.piece_dtype, decoder.step_dtype, 0
-        self.embed, self.blocks = model.model.embed_tokens, [_Block(block, config.hidden_act, self.step_dtype) for block in model.model.layers]
-        self.norm, self.head = _Norm(model.model.norm, self.step_dtype), join([model.get_output_embeddings()], self.step_dtype)
+        self.embed, self.blocks = model.model.embed_tokens, [Block(block, config.hidden_act, self.step_dtype) for block in model.model.layers]
+        self.norm, self.head = Norm(model.model.norm, self.step_dtype), join([model.get_output_embeddings()], self.step_dtype)
         attention = model.model.layers[0].self_attn
         self.channels, self.scale = attention.head_dim, attention.scaling
         self.cos, self.sin = self._rotary(model.model.rotary_emb, decoder)
@@ -265,6 +225,22 @@ class _OwnLoop:
         cos, sin = rotary(torch.empty(0, dtype=torch.float32, device=decoder.device), positions)
         half = self.channels // 2
         return cos[0][:, None], torch.cat((-sin[0][:, :half], sin[0][:, half:]), dim=-1)[:, None]
+
+    def _turning(self, start: int, stop: int, dtype: torch.dtype) -> Turn:
+        """What turns the queries and keys [T, heads of q, k and v, C] of these positions, writes keys and values, and returns the queries."""
+        if self.fused_steps and dtype == torch.bfloat16:
+            cos_TC, sin_TC = self.cos[start:stop, 0], self.sin[start:stop, 0]
+            return lambda block, qkv_THC, new: cpu_step.turn_rows(qkv_THC, cos_TC, sin_TC, new, block.heads)
+        angles = self._angles(start, stop, dtype)
+
+        def turn(block: Block, qkv_THC: Tensor, new: Tensor) -> Tensor:
+            cos, sin = angles[block.heads, block.kv_heads]
+            qkv_THC = block.normed_heads(qkv_THC)
+            qkv_THC = torch.addcmul(qkv_THC * cos, qkv_THC.roll(self.channels // 2, -1), sin)
+            new.copy_(qkv_THC[:, block.heads :].transpose(0, 1))
+            return qkv_THC[:, : block.heads]
+
+        return turn
 
     def _angles(self, start: int, stop: int, dtype: torch.dtype) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
         """For each pair of head counts that blocks have, cosines and sines [T, heads of q, k and v, C] of these positions.
@@ -308,15 +284,11 @@ class _OwnLoop:
         dtype = self._dtype_for(len(ids_T))
         if len(ids_T) == 1 and self.fused_steps:
             return self._step(ids_T)
-        angles = self._angles(start, stop, dtype)
+        turn = self._turning(start, stop, dtype)
         x_TD = self.embed(ids_T).to(dtype)
         for block, cache in zip(self.blocks, self.caches, strict=True):
-            new, seen = cache[0, :, start:stop], cache[:, :, :stop]
-            turning = angles[block.heads, block.kv_heads]
-            attended = self._attend(block, block.attention_norm(x_TD), turning, new, seen[:, : block.kv_heads], seen[:, block.kv_heads :])
-            x_TD = x_TD + block.out(attended)
-            gate, up = block.gate_up(block.mlp_norm(x_TD)).chunk(2, dim=-1)
-            x_TD = x_TD + block.down(block.activation(gate) * up)
+            x_TD = x_TD + block.out(self._attend(block, block.attention_norm(x_TD), turn, cache, start))
+            x_TD = x_TD + block.down(block.gated(block.gate_up(block.mlp_norm(x_TD))))
         self.position = stop
         return self.norm(x_TD)
 
@@ -331,24 +303,20 @@ class _OwnLoop:
         for block, cache in zip(self.blocks, self.caches, strict=True):
             qkv = block.qkv(block.attention_norm(x_1D))
             x_1D = x_1D + block.out(cpu_step.attend_one(qkv, cos_C, sin_C, cache[0], at, block.heads, self.scale))
-            gate_up = block.gate_up(block.mlp_norm(x_1D))
-            x_1D = x_1D + block.down(cpu_step.gated_silu(gate_up))
+            x_1D = x_1D + block.down(block.gated(block.gate_up(block.mlp_norm(x_1D))))
         self.position = at + 1
         return self.norm(x_1D)
 
-    def _attend(self, block: _Block, x_TD: Tensor, angles: tuple[Tensor, Tensor], new: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Write the new positions' keys and values to `new` and mix `values`: [T, heads * C], before the output matrix."""
-        cos, sin = angles
+    def _attend(self, block: Block, x_TD: Tensor, turn: Turn, cache: Tensor, start: int) -> Tensor:
+        """Write the positions from `start` on to the cache and mix what they see: [T, heads * C], before the output matrix."""
+        stop = start + len(x_TD)
         qkv_THC = block.qkv(x_TD).view(len(x_TD), -1, self.channels)
-        if block.head_norms:
-            parts = qkv_THC.split((block.heads, block.kv_heads, block.kv_heads), dim=1)
-            qkv_THC = torch.cat((*(norm(part) for norm, part in zip(block.head_norms, parts[:2], strict=True)), parts[2]), dim=1)
-        qkv_THC = torch.addcmul(qkv_THC * cos, qkv_THC.roll(self.channels // 2, -1), sin)
-        new.copy_(qkv_THC[:, block.heads :].transpose(0, 1))
+        query_THC = turn(block, qkv_THC, cache[0, :, start:stop])
+        keys, values = cache[:, : block.kv_heads, :stop], cache[:, block.kv_heads :, :stop]
         if block.key_head_of is not None:
             keys, values = (side.index_select(1, block.key_head_of) for side in (keys, values))
         mix = self._mix_one if len(x_TD) == 1 else self._mix
-        return mix(qkv_THC[:, : block.heads], keys, values)
+        return mix(query_THC, keys, values)
 
     def _mix_one(self, query_1HC: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Query heads that share a key head stand in for positions: nothing is repeated and nothing masked."""

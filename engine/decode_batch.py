@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitpress.engine import decode_graph
-from bitpress.engine.decode import Decoder, _Block, _OwnLoop, context_overflow, room_for, step_types, why_not_own
+from bitpress.engine.decode import Decoder, _OwnLoop, context_overflow, room_for, step_types, why_not_own
+from bitpress.engine.decode_block import Block
 from bitpress.engine.errors import InputError
 
 WINDOW = 128  # positions of the smallest window
@@ -150,12 +151,11 @@ class BatchLoop(_OwnLoop):
         x_BD = self.embed(self.ids_B).to(self.dtype)
         for block, cache in zip(self.blocks, self.held, strict=True):
             x_BD = x_BD + block.out(self._attend_rows(block, block.attention_norm(x_BD), cos, sin, cache, mask))
-            gate, up = block.gate_up(block.mlp_norm(x_BD)).chunk(2, dim=-1)
-            x_BD = x_BD + block.down(block.activation(gate) * up)
+            x_BD = x_BD + block.down(block.gated(block.gate_up(block.mlp_norm(x_BD))))
         self.positions_B.add_(1).clamp_(max=self.capacity - 1)  # a dropped row stays inside its cache
         return self.logits(self.norm(x_BD))
 
-    def _attend_rows(self, block: _Block, x_BD: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, mask: Tensor) -> Tensor:
+    def _attend_rows(self, block: Block, x_BD: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, mask: Tensor) -> Tensor:
         """Write each row's key and value at its position and mix what it may see: [B, heads * C]. cos, sin: [B, 1, C]. mask: bool [B, 1, 1, S]."""
         qkv_BHC = block.qkv(x_BD).view(self.size, -1, self.channels)
         query, key, value = qkv_BHC.split((block.heads, block.kv_heads, block.kv_heads), dim=1)

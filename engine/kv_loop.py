@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitpress.engine.decode import Decoder, _Block, _OwnLoop
+from bitpress.engine.decode import Decoder, _OwnLoop
+from bitpress.engine.decode_block import Block
 from bitpress.engine.kv_cache import CodedRows, DenseRows, Rows, rows_for
 from bitpress.engine.recipe import CacheSide as SideScheme
 from bitpress.engine.recipe import KVCache
-from bitpress.kernels import cpu_cache, cpu_step
+from bitpress.kernels import cpu_cache
 from bitpress.kernels.cpu_cache import CacheSide
 from bitpress.kernels.cpu_token import TokenStep
 from bitpress.kernels.formats import PackedTensor
@@ -159,8 +160,7 @@ class CacheLoop(_OwnLoop):
         x_TD = self.embed(ids_T).to(dtype)
         for number, block in enumerate(self.blocks):
             x_TD = x_TD + block.out(self._attend_rows(number, block, block.attention_norm(x_TD)))
-            gate, up = block.gate_up(block.mlp_norm(x_TD)).chunk(2, dim=-1)
-            x_TD = x_TD + block.down(block.activation(gate) * up)
+            x_TD = x_TD + block.down(block.gated(block.gate_up(block.mlp_norm(x_TD))))
         self.position += len(ids_T)
         return self.norm(x_TD)
 
@@ -188,10 +188,10 @@ class CacheLoop(_OwnLoop):
             qkv = into(block.attention_norm(x_1D))
             attended = cpu_cache.attend(qkv, cos_C, sin_C, self.turns, keys.held, values.held, block.heads, block.kv_heads, self.scale)
             x_1D = x_1D + block.out(attended)
-            x_1D = x_1D + block.down(cpu_step.gated_silu(block.gate_up(block.mlp_norm(x_1D))))
+            x_1D = x_1D + block.down(block.gated(block.gate_up(block.mlp_norm(x_1D))))
         return x_1D
 
-    def _attend_rows(self, number: int, block: _Block, x_TD: Tensor) -> Tensor:
+    def _attend_rows(self, number: int, block: Block, x_TD: Tensor) -> Tensor:
         """[T, heads * C], before the output matrix."""
         keys, values = self.sides[number]
         query_THC = self._turned(self.queries[number](x_TD), block, 0, self.position)
@@ -204,7 +204,7 @@ class CacheLoop(_OwnLoop):
         values.rows.append(values.into(x_TD))
         return self._mix_rows(block, query_THC, keys_SGC, values, values.rows.read().to(x_TD.dtype))
 
-    def _turned(self, flat_TN: Tensor, block: _Block, which: int, start: int) -> Tensor:
+    def _turned(self, flat_TN: Tensor, block: Block, which: int, start: int) -> Tensor:
         """Heads [T, ., C] of queries (0) or keys (1), normed where the family norms them, turned to positions from `start`."""
         x_THC = flat_TN.unflatten(1, (-1, self.channels))
         if block.head_norms:
@@ -212,7 +212,7 @@ class CacheLoop(_OwnLoop):
         cos, sin = (table[start : start + len(x_THC)].to(x_THC.dtype) for table in (self.cos, self.sin))
         return torch.addcmul(x_THC * cos, x_THC.roll(self.channels // 2, -1), sin)
 
-    def _mix_rows(self, block: _Block, query_THC: Tensor, keys_SGC: Tensor, side: Side, rows_SD: Tensor) -> Tensor:
+    def _mix_rows(self, block: Block, query_THC: Tensor, keys_SGC: Tensor, side: Side, rows_SD: Tensor) -> Tensor:
         """Every query head mixes the rows of its group: [T, heads * C]."""
         values_SGE, shared = self._per_head(side, rows_SD, block.kv_heads), block.key_head_of
         if shared is not None:  # groups of unlike size: each query head gets rows of its own
@@ -234,7 +234,7 @@ class CacheLoop(_OwnLoop):
             return rows_SD.unflatten(1, (kv_heads, -1))
         return rows_SD[:, None].expand(-1, kv_heads, -1)
 
-    def _raised(self, side: Side, mixed_TGRE: Tensor, block: _Block) -> Tensor:
+    def _raised(self, side: Side, mixed_TGRE: Tensor, block: Block) -> Tensor:
         """Mixed latents through the factor of their head: [T, G, repeats, C]."""
         if side.up_NR is None:
             return mixed_TGRE

@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int QUERIES = 48, KEYS = 256;
+constexpr int QUERIES = 24, KEYS = 256;
 
 // Where the channels of (sequence, head, position) begin in one of the inputs.
 struct Side {
@@ -80,19 +80,23 @@ struct Block {
     std::vector<float> mixed, piece;  // (rows, wide), (rows, PANEL)
 };
 
-// The scores of a row, `seen` of `count` keys being before it, become shares; those ahead get none.
+// The scores of a row, `seen` of `count` keys being before it, become shares; those ahead get none: e^-infinity is 0.
 void share_out(const Attention &a, Block &block, int m, int seen, int count) {
-    float *row = block.scores + m * KEYS, top = block.top[m], total = 0;
-#pragma omp simd reduction(max : top)
-    for (int n = 0; n < seen; n++) row[n] *= a.scale, top = std::max(top, row[n]);
-#pragma omp simd reduction(+ : total)
-    for (int n = 0; n < seen; n++) total += row[n] = exponential(row[n] - top);
-    std::fill(row + std::max(seen, 0), row + count, 0.0f);
+    float *row = block.scores + m * KEYS, highest = -INFINITY;
+    std::fill(row + std::max(seen, 0), row + count, -INFINITY);
+#pragma omp simd reduction(max : highest)
+    for (int n = 0; n < seen; n++) highest = std::max(highest, row[n]);
+    const float top = std::max(block.top[m], highest * a.scale);
+    const __m512 scale = _mm512_set1_ps(a.scale), above = _mm512_set1_ps(top);
+    __m512 total = _mm512_setzero_ps();
+    for (int n = 0; n < count; n += TILE) {
+        const __m512 share = exponential_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(row + n), scale, above));
+        total = _mm512_add_ps(total, share);
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(block.shares + (m * KEYS + n) / 2), (__m256i)_mm512_cvtneps_pbh(share));
+    }
     const float kept = exponential(block.top[m] - top);
-    block.top[m] = top, block.total[m] = block.total[m] * kept + total;
+    block.top[m] = top, block.total[m] = block.total[m] * kept + _mm512_reduce_add_ps(total);
     for (int c = 0; c < a.wide(); c++) block.mixed[size_t(m) * a.wide() + c] *= kept;
-    for (int n = 0; n < count; n += TILE)
-        _mm256_storeu_si256(reinterpret_cast<__m256i *>(block.shares + (m * KEYS + n) / 2), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(row + n)));
 }
 
 void meet(const Attention &a, Block &block, int start, int count, const uint32_t *keys, const uint32_t *values) {

@@ -127,11 +127,12 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     size = ctypes.c_size_t
     lib.bitpress_read.argtypes, lib.bitpress_read.restype = [address, size, number], ctypes.c_uint64
     lib.bitpress_copy.argtypes, lib.bitpress_copy.restype = [address, address, size, number], None
-    lib.bitpress_rms_norm.argtypes = [address, address, address, number, real]
+    lib.bitpress_rms_norm.argtypes = [*[address] * 3, number, number, real, number, number]
+    lib.bitpress_turn_rows.argtypes, lib.bitpress_turn_rows.restype = [*[address] * 4, number, ctypes.c_int64, *[number] * 4], None
     lib.bitpress_attend_one.argtypes = [*[address] * 5, *[number] * 5, real, number]
     lib.bitpress_attend_cache.argtypes, lib.bitpress_attend_cache.restype = [*[address] * 7, *[number] * 3, real, number], None
     lib.bitpress_compare.argtypes, lib.bitpress_compare.restype = [address, address, *[number] * 3, address, address, number], None
-    lib.bitpress_gated_silu.argtypes = [address, address, number]
+    lib.bitpress_gated_silu.argtypes = [*[address] * 3, number, number, ctypes.c_int64, number, number]
     lib.bitpress_token.argtypes = [address, number, address, number, *[address] * 6, *[number] * 5, real, number, number, number]
     lib.bitpress_token.restype = None
     for silent in (lib.bitpress_table, lib.bitpress_bitmap, lib.bitpress_two_four, lib.bitpress_rms_norm, lib.bitpress_attend_one, lib.bitpress_gated_silu):

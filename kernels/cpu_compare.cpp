@@ -16,10 +16,16 @@ constexpr int PIECE = 512;  // logits whose top is looked for together
 struct Half {
     uint16_t bits;
     float value() const { return from_bf16(bits); }
+#if HAS_VNNI
+    static __m512 lanes(const Half *at) { return bf16_lanes(&at->bits); }
+#endif
 };
 struct Whole {
     float number;
     float value() const { return number; }
+#if HAS_VNNI
+    static __m512 lanes(const Whole *at) { return _mm512_loadu_ps(&at->number); }
+#endif
 };
 
 struct Top {
@@ -45,26 +51,79 @@ struct Results {
     float *nll, *other_nll, *divergence, *same;
 };
 
-template <class Number> double log_sum(const Number *row, int count, float top) {
+// Sums over tokens: of e^(one - its top), of e^(other - its top), of the first times the gap between both.
+struct Sums {
+    float total, other, gap;
+};
+
+#if HAS_VNNI
+
+// f(lanes of one, lanes of other, mask of those that are there) for all tokens, 16 at a time.
+template <class Number, class Each> void by_lanes(const Number *row, const Number *other, int count, const Each &each) {
+    for (int v = 0; v + TILE <= count; v += TILE) each(Number::lanes(row + v), Number::lanes(other + v), __mmask16(0xffff));
+    Number rest[TILE] = {}, other_rest[TILE] = {};
+    const int left = count % TILE;
+    std::copy(row + count - left, row + count, rest), std::copy(other + count - left, other + count, other_rest);
+    each(Number::lanes(rest), Number::lanes(other_rest), __mmask16((1u << left) - 1));
+}
+
+template <class Number> float sum_of(const Number *row, int count, float top) {
+    const __m512 above = _mm512_set1_ps(top);
+    __m512 total = _mm512_setzero_ps();
+    by_lanes(row, row, count, [&](__m512 one, __m512, __mmask16 there) {
+        total = _mm512_mask_add_ps(total, there, total, exponential_lanes(_mm512_sub_ps(one, above)));
+    });
+    return _mm512_reduce_add_ps(total);
+}
+
+template <class Number> Sums sums_of(const Number *row, const Number *other, int count, float top, float other_top) {
+    const __m512 above = _mm512_set1_ps(top), other_above = _mm512_set1_ps(other_top);
+    __m512 total = _mm512_setzero_ps(), other_total = total, gap = total;
+    by_lanes(row, other, count, [&](__m512 one, __m512 two, __mmask16 there) {
+        const __m512 share = exponential_lanes(_mm512_sub_ps(one, above));
+        total = _mm512_mask_add_ps(total, there, total, share);
+        other_total = _mm512_mask_add_ps(other_total, there, other_total, exponential_lanes(_mm512_sub_ps(two, other_above)));
+        gap = _mm512_mask3_fmadd_ps(share, _mm512_sub_ps(one, two), gap, there);
+    });
+    return {_mm512_reduce_add_ps(total), _mm512_reduce_add_ps(other_total), _mm512_reduce_add_ps(gap)};
+}
+
+#else
+
+template <class Number> float sum_of(const Number *row, int count, float top) {
     float total = 0;
 #pragma omp simd reduction(+ : total)
     for (int v = 0; v < count; v++) total += exponential(row[v].value() - top);
-    return double(top) + std::log(double(total));
+    return total;
 }
 
-template <class Number> void compare(const Number *row, const Number *other, int count, int64_t target, int p, const Results &to) {
-    const Top top = top_of(row, count), other_top = top_of(other, count);
+template <class Number> Sums sums_of(const Number *row, const Number *other, int count, float top, float other_top) {
     float total = 0, other_total = 0, gap = 0;
 #pragma omp simd reduction(+ : total, other_total, gap)
     for (int v = 0; v < count; v++) {
-        const float one = row[v].value(), two = other[v].value(), share = exponential(one - top.value);
-        total += share, other_total += exponential(two - other_top.value), gap += share * (one - two);
+        const float one = row[v].value(), two = other[v].value(), share = exponential(one - top);
+        total += share, other_total += exponential(two - other_top), gap += share * (one - two);
     }
-    const double sum = double(top.value) + std::log(double(total)), other_sum = double(other_top.value) + std::log(double(other_total));
-    const double divergence = double(gap) / total + other_sum - sum;
+    return {total, other_total, gap};
+}
+
+#endif
+
+double log_sum(float total, float top) { return double(top) + std::log(double(total)); }
+
+template <class Number> void compare(const Number *row, const Number *other, int count, int64_t target, int p, const Results &to) {
+    const Top top = top_of(row, count), other_top = top_of(other, count);
+    const Sums sums = sums_of(row, other, count, top.value, other_top.value);
+    const double sum = log_sum(sums.total, top.value), other_sum = log_sum(sums.other, other_top.value);
+    const double divergence = double(sums.gap) / sums.total + other_sum - sum;
     to.nll[p] = float(sum - row[target].value()), to.other_nll[p] = float(other_sum - other[target].value());
     to.divergence[p] = divergence < 0 ? 0.0f : float(divergence);  // below zero only by rounding; what is no number stays none
     to.same[p] = top.at == other_top.at;
+}
+
+template <class Number> float loss(const Number *row, int count, int64_t target) {
+    const float top = top_of(row, count).value;
+    return float(log_sum(sum_of(row, count, top), top) - row[target].value());
 }
 
 template <class Number> void all_rows(const void *logits, const void *others, int rows, int count, const int64_t *targets, const Results &to, int threads) {
@@ -72,7 +131,7 @@ template <class Number> void all_rows(const void *logits, const void *others, in
     for (int p = 0; p < rows; p++) {
         const Number *row = static_cast<const Number *>(logits) + size_t(p) * count;
         if (others) compare(row, static_cast<const Number *>(others) + size_t(p) * count, count, targets[p], p, to);
-        else to.nll[p] = float(log_sum(row, count, top_of(row, count).value) - row[targets[p]].value());
+        else to.nll[p] = loss(row, count, targets[p]);
     }
 }
 

@@ -10,22 +10,46 @@
 
 namespace step {
 
-// x / rms(x) * weight for one row of `width`.
-inline void rms_norm(const uint16_t *x, const uint16_t *weight, uint16_t *y, int width, float epsilon) {
+// x / rms(x) * weight for one row of `width`. ROUNDED: x / rms(x) is rounded before it meets the weight, as transformers does.
+template <bool ROUNDED = false> inline void rms_norm(const uint16_t *x, const uint16_t *weight, uint16_t *y, int width, float epsilon) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int c = 0; c < width; c++) sum += from_bf16(x[c]) * from_bf16(x[c]);
     const float inverse = 1.0f / std::sqrt(sum / float(width) + epsilon);
-    for (int c = 0; c < width; c++) y[c] = to_bf16(from_bf16(x[c]) * inverse * from_bf16(weight[c]));
-}
-
-// silu(gate) * up for `count` columns.
-inline void gated_silu(const uint16_t *gate, const uint16_t *up, uint16_t *y, int count) {
-    for (int c = 0; c < count; c++) {
-        const float value = from_bf16(gate[c]);
-        y[c] = to_bf16(value / (1.0f + exponential(-value)) * from_bf16(up[c]));
+    for (int c = 0; c < width; c++) {
+        const float normed = from_bf16(x[c]) * inverse;
+        y[c] = to_bf16((ROUNDED ? from_bf16(to_bf16(normed)) : normed) * from_bf16(weight[c]));
     }
 }
+
+// silu(gate) * up for `count` columns. ROUNDED: silu(gate) is rounded before it meets the other.
+template <bool ROUNDED> inline uint16_t gated_one(uint16_t gate, uint16_t up) {
+    const float value = from_bf16(gate), gated = value / (1.0f + exponential(-value));
+    return to_bf16((ROUNDED ? from_bf16(to_bf16(gated)) : gated) * from_bf16(up));
+}
+
+#if HAS_BF16
+
+inline __m512 rounded_lanes(__m512 x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16)); }
+
+template <bool ROUNDED = false> inline void gated_silu(const uint16_t *gate, const uint16_t *up, uint16_t *y, int count) {
+    int c = 0;
+    for (; c + TILE <= count; c += TILE) {
+        const __m512 value = bf16_lanes(gate + c), one = _mm512_set1_ps(1.0f);
+        const __m512 gated = _mm512_div_ps(value, _mm512_add_ps(one, exponential_lanes(_mm512_sub_ps(_mm512_setzero_ps(), value))));
+        const __m512 both = _mm512_mul_ps(ROUNDED ? rounded_lanes(gated) : gated, bf16_lanes(up + c));
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(y + c), (__m256i)_mm512_cvtneps_pbh(both));
+    }
+    for (; c < count; c++) y[c] = gated_one<ROUNDED>(gate[c], up[c]);
+}
+
+#else
+
+template <bool ROUNDED = false> inline void gated_silu(const uint16_t *gate, const uint16_t *up, uint16_t *y, int count) {
+    for (int c = 0; c < count; c++) y[c] = gated_one<ROUNDED>(gate[c], up[c]);
+}
+
+#endif
 
 // The attention of one token.
 struct Token {

@@ -1,6 +1,6 @@
-"""What one decoding step does between its matrix products, each a single call into C++. Knows rows of bfloat16 on a CPU; no model.
+"""What a block does between its matrix products, each a single call into C++. Knows rows of bfloat16 on a CPU; no model.
 
-The oracle of each is a line or two of torch, in the tests. Where `available` is false the caller has that path anyway.
+The oracle of each is a line or two of torch, in the tests. Where `available` or `takes` is false the caller has that path anyway.
 """
 
 import torch
@@ -14,10 +14,22 @@ def available() -> bool:
     return cpu_build.library() is not None
 
 
-def rms_norm(x_1D: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-    """One row over its root mean square, times `weight_D`. bfloat16 in and out, summed in float32."""
-    out = torch.empty_like(x_1D)
-    _library().bitpress_rms_norm(x_1D.data_ptr(), weight_D.data_ptr(), out.data_ptr(), x_1D.shape[-1], epsilon)
+def takes(*parts: Tensor) -> bool:
+    """Whether `rms_norm` and `gated_silu` are there for these tensors: bfloat16 on a CPU, rows that lie together, no gradient asked for."""
+    if any(part.dtype != torch.bfloat16 or part.device.type != "cpu" or part.stride(-1) != 1 or part.numel() == 0 for part in parts):
+        return False
+    return available() and not (torch.is_grad_enabled() and any(part.requires_grad for part in parts))
+
+
+def rms_norm(x_MD: Tensor, weight_D: Tensor, epsilon: float, rounded: bool = False) -> Tensor:
+    """Rows over their root mean square, times `weight_D`, in any shape [..., D]. bfloat16 in and out, summed in float32.
+
+    rounded: rows are rounded to bfloat16 before they meet the weight, which is what transformers' Llama norm does.
+    """
+    x_MD = x_MD.contiguous()
+    out, width = torch.empty_like(x_MD), x_MD.shape[-1]
+    sizes = x_MD.numel() // width, width
+    _library().bitpress_rms_norm(x_MD.data_ptr(), weight_D.data_ptr(), out.data_ptr(), *sizes, epsilon, rounded, torch.get_num_threads())
     return out
 
 
@@ -36,11 +48,29 @@ def attend_one(qkv: Tensor, cos_C: Tensor, sin_C: Tensor, cache: Tensor, positio
     return out
 
 
-def gated_silu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of one row [1, 2 F], bfloat16: [1, F]."""
-    width = gate_up.shape[-1] // 2
-    out = gate_up.new_empty(1, width)
-    _library().bitpress_gated_silu(gate_up.data_ptr(), out.data_ptr(), width)
+def turn_rows(qkv_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, new: Tensor, heads: int) -> Tensor:
+    """Rotary turn of many positions, whose turned keys and values go to `new`, their rows of a cache; returns the turned queries [T, heads, C].
+
+    qkv_THC: bfloat16 [T, heads + 2 kv, C], contiguous; its queries are turned in place. cos_TC, sin_TC: float32, contiguous, the sine's
+    first half negated. new: bfloat16 [2 kv, T, C], keys first, the rows of a head contiguous.
+    """
+    planes, length, channels = new.shape
+    sizes = length, new.stride(0), heads, planes // 2, channels
+    _library().bitpress_turn_rows(qkv_THC.data_ptr(), cos_TC.data_ptr(), sin_TC.data_ptr(), new.data_ptr(), *sizes, torch.get_num_threads())
+    return qkv_THC[:, :heads]
+
+
+def gated_silu(gate_MF: Tensor, up_MF: Tensor, rounded: bool = False) -> Tensor:
+    """silu(gate) * up, contiguous, for bfloat16 [..., F] of one shape: contiguous, or two halves of the rows of one [M, 2 F].
+
+    rounded: silu(gate) is rounded to bfloat16 before it meets the other, as in torch's two operations.
+    """
+    if gate_MF.stride() != up_MF.stride() or gate_MF.ndim != 2:
+        gate_MF, up_MF = gate_MF.contiguous(), up_MF.contiguous()
+    out, width = torch.empty(gate_MF.shape, dtype=gate_MF.dtype), gate_MF.shape[-1]
+    apart = gate_MF.stride(0) if gate_MF.ndim == 2 else width
+    sizes = gate_MF.numel() // width, width, apart
+    _library().bitpress_gated_silu(gate_MF.data_ptr(), up_MF.data_ptr(), out.data_ptr(), *sizes, rounded, torch.get_num_threads())
     return out
 
 

@@ -17,10 +17,10 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from bitpress.engine.errors import BitpressError, InputError
-from bitpress.engine.model import local
+from bitpress.engine.model import attention, between, local
 from bitpress.engine.model.anatomy import Anatomy
-from bitpress.engine.model.attention import use_own
 from bitpress.engine.model.inspect import anatomy_of
+from bitpress.kernels.pages import keep_freed
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
 AGAIN = "Copy, download or export the model again."
@@ -58,10 +58,12 @@ def load(path_or_id: str | Path, dtype: torch.dtype | None = None, device: str |
     local.check_folder(folder)
     _check_config(folder)
     dtype = dtype or stored_dtype(folder)
+    keep_freed()
     model = _read(folder, dtype)
     _check_finite(model, folder)
     model.eval().requires_grad_(False)
-    use_own(model)
+    attention.use_own(model)
+    between.use_own(model)
     tokenizer = load_tokenizer(folder)
     return Loaded(model.to(device) if device else model, tokenizer, anatomy_of(model, model_id), folder, model_id)
 

@@ -1,4 +1,4 @@
-"""How fast the kernels are that calibration and measuring spend their time on, beside torch: attention, second moments, comparison of logits.
+"""How fast the kernels are that calibration and measuring spend their time on, beside torch: attention, second moments, comparison of logits, norms, gates.
 
     python tests/bench/walk_speed.py
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from bitpress.kernels import attention, compare, outer, rates
+from bitpress.kernels import attention, compare, cpu_step, outer, rates
 
 TRIES = 15
 WINDOWS = ((8, 256), (4, 512), (1, 2048))
@@ -25,6 +25,12 @@ def both(ours: Callable[[], object], plain: Callable[[], object]) -> tuple[float
     times = [(rates.seconds(ours), rates.seconds(plain)) for _ in range(TRIES + 1)][1:]
     mine, others = zip(*times, strict=True)
     return statistics.median(mine), statistics.median(others)
+
+
+def plain_norm(x_MD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Llama's, as transformers writes it."""
+    wide_MD = x_MD.float()
+    return weight_D * (wide_MD * torch.rsqrt(wide_MD.pow(2).mean(-1, keepdim=True) + epsilon)).to(x_MD.dtype)
 
 
 def pairs() -> Iterator[tuple[str, Callable[[], object], Callable[[], object]]]:
@@ -38,6 +44,10 @@ def pairs() -> Iterator[tuple[str, Callable[[], object], Callable[[], object]]]:
     rows_MK, total_KK = torch.randn(2048, 1536).bfloat16(), torch.zeros(1536, 1536, dtype=torch.float64)
     moments = lambda way: lambda: way(total_KK, rows_MK, rows_MK, True)  # noqa: E731
     yield "second moments of 2,048 x 1,536", moments(outer.add_outer), moments(outer.by_torch)
+    x_MD, weight_D, gate_MF = torch.randn(512, 576).bfloat16(), torch.rand(576).bfloat16(), torch.randn(512, 1536).bfloat16()
+    if cpu_step.available():
+        yield "RMSNorm of 512 x 576", lambda: cpu_step.rms_norm(x_MD, weight_D, 1e-5, rounded=True), lambda: plain_norm(x_MD, weight_D, 1e-5)
+        yield "gated SiLU of 512 x 1,536", lambda: cpu_step.gated_silu(gate_MF, gate_MF, rounded=True), lambda: F.silu(gate_MF) * gate_MF
     dense_PV = torch.randn(256, 49152).bfloat16()
     other_PV, targets_P = dense_PV + 0.1, torch.zeros(256, dtype=torch.int64)
     yield "comparison of 256 x 49,152 logits", lambda: compare.compare(dense_PV, other_PV, targets_P), lambda: compare.by_torch(dense_PV, other_PV, targets_P)

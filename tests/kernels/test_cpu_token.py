@@ -42,7 +42,7 @@ def call_by_call(blocks: list[BlockParts], x_1D: Tensor, cos: Tensor, sin: Tenso
         qkv, out, gate_up, down = parts.matrices
         mixed = cpu_step.attend_one(qkv(cpu_step.rms_norm(x_1D, attention, epsilon)), cos, sin, planes, at, HEADS, CHANNELS**-0.5)
         x_1D = x_1D + out(mixed)
-        x_1D = x_1D + down(cpu_step.gated_silu(gate_up(cpu_step.rms_norm(x_1D, mlp, mlp_epsilon))))
+        x_1D = x_1D + down(cpu_step.gated_silu(*gate_up(cpu_step.rms_norm(x_1D, mlp, mlp_epsilon)).chunk(2, -1)))
     return x_1D
 
 
