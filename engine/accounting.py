@@ -66,7 +66,7 @@ def kept_whole(recipe: Recipe, anatomy: Anatomy) -> list[str]:
 def coded_layout(weights: WeightScheme) -> UniformLayout | TableLayout | BinaryLayout:
     """The stored layout of a matrix of codes."""
     match weights.format:
-        case "nf4" | "fp4":
+        case "nf4" | "fp4" | "codebook":
             return TableLayout(weights.format, weights.group_size, weights.double_quant)
         case "bcq":
             return BinaryLayout(weights.bits, weights.group_size)

@@ -178,7 +178,7 @@ class Recipe(Strict):
                 value = getattr(line, field)
                 rest[field] = None if value == "dense" else value if value is not None else rest[field]
         if weights and FORMAT_BITS[weights.get("format", "uniform")] == (4,):
-            weights.setdefault("bits", 4)  # nf4 and fp4 say it by their names
+            weights.setdefault("bits", 4)  # a table has one width
         return Scheme(weights=WeightScheme(**weights) if weights and "bits" in weights else None, **rest)
 
     def validate_for(self, anatomy: Anatomy) -> list[Problem]:

@@ -8,17 +8,17 @@ from bitpress.engine.fields import BITS, Bits, GroupSize, Keep, Rank, Ratio, Str
 from bitpress.engine.model.anatomy import Part
 
 PATTERNS = ("unstructured", "2:4", "4:8")  # of zeros
-Format = Literal["uniform", "nf4", "fp4", "bcq"]
+Format = Literal["uniform", "nf4", "fp4", "codebook", "bcq"]
 Zero = Literal["integer", "float"]
-FORMAT_BITS: dict[str, tuple[int, ...]] = {"uniform": BITS, "nf4": (4,), "fp4": (4,), "bcq": (2, 3, 4)}
+FORMAT_BITS: dict[str, tuple[int, ...]] = {"uniform": BITS, "nf4": (4,), "fp4": (4,), "codebook": (4,), "bcq": (2, 3, 4)}
 
 
 class WeightScheme(Strict):
     """Codes of `bits` bits. `group_size` 0 (in YAML: row) shares one scale over a whole row.
 
-    format: evenly spaced levels (uniform), sixteen fixed ones (nf4, fp4) or sums of plus and minus alphas (bcq). symmetric and
-    zero speak of uniform codes: whether they have zeros, and whether a zero is one of the levels (integer) or any number
-    (float). double_quant speaks of nf4 and fp4: their scales are stored as 8-bit codes.
+    format: evenly spaced levels (uniform), sixteen fixed ones (nf4, fp4), sixteen that the matrix has for itself (codebook) or sums of plus
+    and minus alphas (bcq). symmetric and zero speak of uniform codes: whether they have zeros, and whether a zero is one of the levels
+    (integer) or any number (float). double_quant speaks of nf4, fp4 and codebook: their scales are stored as 8-bit codes.
     """
 
     bits: Bits

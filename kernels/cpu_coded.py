@@ -16,7 +16,7 @@ from bitpress.kernels.binary import unpack_binary
 from bitpress.kernels.formats import PackedTensor, unpack_bits, unpack_codes
 from bitpress.kernels.layout import BinaryLayout, BitmapLayout, DenseLayout, Layout, TableLayout, TwoFourLayout, UniformLayout
 from bitpress.kernels.pages import on_large_pages
-from bitpress.kernels.tables import levels, unpack_table
+from bitpress.kernels.tables import levels_of, unpack_table
 
 TILE, TABLE_WORD, BINARY_CHUNK, SPARSE_WORD = 16, 8, 32, 32
 CodedLayout = TableLayout | BinaryLayout | BitmapLayout | TwoFourLayout
@@ -159,7 +159,7 @@ def table_tiles(packed: PackedTensor) -> TableTiles:
     codes_NK, scales_NG = unpack_table(packed)
     fours = _padded(codes_NK, TABLE_WORD).unflatten(-1, (-1, 2, 2, 2)).permute(0, 1, 4, 2, 3)  # row, word, half, byte, low or high
     words = (fours[..., 0] | fours[..., 1] << 4).flatten(2).contiguous().view(torch.int32).squeeze(-1)
-    return TableTiles(on_large_pages(_lanes(words)), _lanes(scales_NG), levels(layout.table), _group(layout.group_size, columns, TABLE_WORD), (rows, columns))
+    return TableTiles(on_large_pages(_lanes(words)), _lanes(scales_NG), levels_of(packed), _group(layout.group_size, columns, TABLE_WORD), (rows, columns))
 
 
 def binary_tiles(packed: PackedTensor) -> BinaryTiles:

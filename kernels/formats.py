@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitpress.kernels.layout import BITS, BitmapLayout, Layout, PairLayout, TwoFourLayout, UniformLayout
+from bitpress.kernels.layout import BITS, BitmapLayout, Layout, PairLayout, TableLayout, TwoFourLayout, UniformLayout
 
+LEVELS_NAME = "levels"
+WHOLE = ("right_", LEVELS_NAME)  # tensors that are no row's own
 # Codes are spread in *lanes*: an integer that holds `codes` of them in `bytes` bytes before, and in one byte each after.
 LANES = {2: (4, 1, torch.int32), 3: (8, 3, torch.int64), 4: (2, 1, torch.int16), 5: (8, 5, torch.int64), 6: (4, 3, torch.int32)}
 
@@ -27,7 +29,8 @@ class PackedTensor:
     layout: how. shape: (N, K). tensors, by layout (first axis N unless said otherwise):
       uniform  "codes" uint8 [N, ceil(K * bits / 8)], "scales" bfloat16 [N, G]; unless symmetric "zeros", uint8 [N, ceil(G * bits / 8)] or
                bfloat16 [N, G] where they are floats
-      table    "codes" uint8 [N, ceil(K / 2)], "scales" bfloat16 [N, G], or uint8 with "super_scales" bfloat16 [N, ceil(G / 256)]
+      table    "codes" uint8 [N, ceil(K / 2)], "scales" bfloat16 [N, G], or uint8 with "super_scales" bfloat16 [N, ceil(G / 256)]; where the matrix
+               has levels of its own "levels" bfloat16 [16]
       binary   "planes" uint8 [N, bits, ceil(K / 8)], "alphas" bfloat16 [N, G, bits], "shifts" bfloat16 [N, G]
       bitmap   "bitmap" uint8 [N, ceil(K / 8)], "values" [kept], row after row
       2:4      "places" uint8 [N, ceil(K / 8)], and the tensors of the values' own layout with "values_" before their names
@@ -84,7 +87,7 @@ class PackedTensor:
 
     def rows(self, start: int, stop: int) -> "PackedTensor":
         """Rows start:stop as views of the same storage."""
-        tensors = {name: tensor if name.startswith("right_") else tensor[start:stop] for name, tensor in self.tensors.items()}
+        tensors = {name: tensor if name.startswith(WHOLE) else tensor[start:stop] for name, tensor in self.tensors.items()}
         if isinstance(self.layout, BitmapLayout):
             before, within = count_bits(self.tensors["bitmap"][:start]), count_bits(tensors["bitmap"])
             tensors["values"] = self.tensors["values"][before : before + within]
@@ -92,7 +95,8 @@ class PackedTensor:
 
     def take(self, rows: Tensor) -> "PackedTensor":
         """A copy of the named rows of a uniform or table matrix, in that order. rows: integer [R]."""
-        return PackedTensor(self.layout, (len(rows), self.shape[1]), {name: tensor[rows] for name, tensor in self.tensors.items()})
+        tensors = {name: tensor if name.startswith(WHOLE) else tensor[rows] for name, tensor in self.tensors.items()}
+        return PackedTensor(self.layout, (len(rows), self.shape[1]), tensors)
 
 
 def count_bits(stream: Tensor) -> int:
@@ -212,11 +216,11 @@ def concat(parts: Sequence[PackedTensor]) -> PackedTensor:
     """Matrices with the same inputs and layout, one below the other (q, k, v or gate, up as one). Raises ValueError otherwise."""
     layout, columns = parts[0].layout, parts[0].shape[1]
     if not can_concat(layout) or any(part.layout != layout or part.shape[1] != columns for part in parts):
-        raise ValueError("Only matrices with the same layout and number of inputs can be joined, and low-rank pairs cannot.")
+        raise ValueError("Only matrices with the same layout and number of inputs can be joined, and low-rank pairs and codebooks cannot.")
     tensors = {name: join_rows([part.tensors[name] for part in parts]) for name in parts[0].tensors}
     return PackedTensor(layout, (sum(part.shape[0] for part in parts), columns), tensors)
 
 
 def can_concat(layout: Layout) -> bool:
-    """Whether matrices of this layout can lie one below the other; low-rank pairs have right factors of their own."""
-    return not isinstance(layout, PairLayout)
+    """Whether matrices of this layout can lie one below the other; low-rank pairs have right factors of their own, codebooks levels."""
+    return not isinstance(layout, PairLayout) and not (isinstance(layout, TableLayout) and layout.own_levels)

@@ -18,7 +18,7 @@ from torch import Tensor
 from bitpress.kernels.binary import unpack_binary
 from bitpress.kernels.formats import PackedTensor, unpack_codes
 from bitpress.kernels.layout import BinaryLayout, Layout, TableLayout, UniformLayout, words_of
-from bitpress.kernels.tables import levels, unpack_table
+from bitpress.kernels.tables import levels_of, unpack_table
 
 CHUNK, SLOTS, SLOT = 256, 8, 32
 PLANES = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (4, 4)}  # bits of a code's low and high plane
@@ -128,7 +128,7 @@ def _table_words(packed: PackedTensor, layout: TableLayout) -> Words:
     none = codes_NK.new_empty(0)
     scales_GN = (scales_NG if layout.double_scales else packed.tensors["scales"]).T.contiguous()
     return Words(str(layout), "table", 4, _group(layout.group_size, packed.shape[1]), packed.shape, *_planes(codes_NK, 4), scales_GN, none, none,
-                 levels(layout.table).to(packed.device))  # fmt: skip
+                 levels_of(packed))  # fmt: skip
 
 
 def _binary_words(packed: PackedTensor, layout: BinaryLayout) -> Words:

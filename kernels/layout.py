@@ -11,7 +11,8 @@ from typing import Any
 
 BITS = (2, 3, 4, 5, 6, 8)
 SCALE_BYTES = 2  # scales are stored as bfloat16
-TABLES = ("nf4", "fp4")
+TABLES = ("nf4", "fp4", "codebook")
+LEVEL_COUNT = 16  # of a table
 SUPER_GROUP = 256  # scales that share a scale of their own when scales are stored as codes
 NEAR = 1e-9  # a share times a count is not cut down a whole for the rounding of the product
 
@@ -62,9 +63,10 @@ class DenseLayout:
 
 @dataclass(frozen=True)
 class TableLayout:
-    """Sixteen fixed levels in [-1, 1]: code c of a group stands for table[c] * scale, the scale being the group's largest |w|.
+    """Sixteen levels in [-1, 1]: code c of a group stands for table[c] * scale, the scale being the group's largest |w|.
 
-    table: "nf4" or "fp4". double_scales: the scales are 8-bit codes themselves, with one bfloat16 scale for every 256 of a row.
+    table: "nf4" or "fp4", fixed levels, or "codebook": the matrix has levels of its own, stored beside the codes. double_scales: the scales
+    are 8-bit codes themselves, with one bfloat16 scale for every 256 of a row.
     """
 
     table: str
@@ -72,15 +74,20 @@ class TableLayout:
     double_scales: bool = False
     name: str = "table"
 
+    @property
+    def own_levels(self) -> bool:
+        """Whether the levels are stored with the matrix."""
+        return self.table == "codebook"
+
     def groups(self, in_features: int) -> int:
         """Groups in a row of `in_features` weights."""
         return group_count(self.group_size, in_features)
 
     def nbytes(self, out_features: int, in_features: int) -> int:
-        """Stored bytes of codes and scales."""
+        """Stored bytes of codes and scales, and of levels that are the matrix's own."""
         groups = self.groups(in_features)
         scales = groups + SCALE_BYTES * ceil(groups / SUPER_GROUP) if self.double_scales else groups * SCALE_BYTES
-        return out_features * (ceil(in_features / 2) + scales)
+        return out_features * (ceil(in_features / 2) + scales) + (LEVEL_COUNT * SCALE_BYTES if self.own_levels else 0)
 
 
 @dataclass(frozen=True)

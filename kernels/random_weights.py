@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bitpress.kernels.binary import pack_binary
 from bitpress.kernels.formats import PackedTensor, pack
-from bitpress.kernels.layout import BinaryLayout, BitmapLayout, DenseLayout, Layout, PairLayout, TableLayout, TwoFourLayout, UniformLayout
+from bitpress.kernels.layout import LEVEL_COUNT, BinaryLayout, BitmapLayout, DenseLayout, Layout, PairLayout, TableLayout, TwoFourLayout, UniformLayout
 from bitpress.kernels.pairs import dense, pack_pair
 from bitpress.kernels.sparse import pack_bitmap, pack_two_four, pack_two_four_codes
 from bitpress.kernels.tables import pack_table
@@ -48,9 +48,10 @@ def _codes(shape: tuple[int, int], layout: UniformLayout) -> tuple[Tensor, Tenso
 
 def _table(shape: tuple[int, int], layout: TableLayout) -> PackedTensor:
     codes, scales = torch.randint(0, 16, shape, dtype=torch.uint8), torch.full((shape[0], layout.groups(shape[1])), SCALE)
+    own = torch.linspace(-1, 1, LEVEL_COUNT).bfloat16() if layout.own_levels else None
     if not layout.double_scales:
-        return pack_table(codes, scales, layout)
-    return pack_table(codes, torch.randint(1, 256, scales.shape, dtype=torch.uint8), layout, torch.full((shape[0], -(-scales.shape[1] // 256)), SCALE))
+        return pack_table(codes, scales, layout, own=own)
+    return pack_table(codes, torch.randint(1, 256, scales.shape, dtype=torch.uint8), layout, torch.full((shape[0], -(-scales.shape[1] // 256)), SCALE), own)
 
 
 def _two_four(shape: tuple[int, int], layout: TwoFourLayout, values: UniformLayout | DenseLayout) -> PackedTensor:

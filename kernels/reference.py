@@ -8,7 +8,7 @@ from bitpress.kernels.binary import unpack_binary
 from bitpress.kernels.formats import PackedTensor, unpack_codes
 from bitpress.kernels.layout import BinaryLayout, BitmapLayout, DenseLayout, PairLayout, TableLayout, TwoFourLayout
 from bitpress.kernels.sparse import spread, unpack_bitmap
-from bitpress.kernels.tables import levels, unpack_table
+from bitpress.kernels.tables import levels_of, unpack_table
 
 
 def dequantize(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -49,7 +49,7 @@ def _table(packed: PackedTensor, exact: torch.dtype) -> Tensor:
     layout, columns = packed.layout, packed.shape[1]
     assert isinstance(layout, TableLayout)
     codes_NK, scales_NG = unpack_table(packed, exact)
-    return levels(layout.table, torch.float32).to(exact).to(packed.device)[codes_NK.long()] * per_input(scales_NG, layout.group_size or columns, columns)
+    return levels_of(packed, exact)[codes_NK.long()] * per_input(scales_NG, layout.group_size or columns, columns)
 
 
 def _binary(packed: PackedTensor, exact: torch.dtype) -> Tensor:

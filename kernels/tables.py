@@ -1,4 +1,4 @@
-"""NF4 and FP4: sixteen fixed levels times the largest weight of a group. Knows their tables and bytes; multiplies nothing.
+"""Sixteen levels times the largest weight of a group: those of NF4 and FP4, or a matrix's own. Knows tables and bytes; multiplies nothing.
 
 Levels: NF4 from Dettmers et al. 2023, QLoRA (arXiv 2305.14314), quantiles of a normal distribution; FP4 as bitsandbytes
 has it (METHODS 15.7). Codes number a table's levels from the lowest to the highest, so FP4 has a code for -0 and one for 0.
@@ -10,8 +10,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from bitpress.kernels.formats import PackedTensor, as_codes, as_stored, pack_codes, unpack_codes
-from bitpress.kernels.layout import SUPER_GROUP, TableLayout
+from bitpress.kernels.formats import LEVELS_NAME, PackedTensor, as_codes, as_stored, pack_codes, unpack_codes
+from bitpress.kernels.layout import LEVEL_COUNT, SUPER_GROUP, TableLayout
 
 _FP4_HALF = (0.0, 0.0625 / 12, 2 / 12, 3 / 12, 4 / 12, 6 / 12, 8 / 12, 1.0)
 LEVELS: dict[str, tuple[float, ...]] = {
@@ -24,13 +24,24 @@ TOP = 255  # the highest 8-bit scale code
 
 
 def levels(table: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The sixteen levels of a table, ascending."""
+    """The sixteen levels of a fixed table, ascending."""
     return torch.tensor(LEVELS[table], dtype=dtype)
 
 
+def levels_of(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The sixteen levels of a stored matrix, ascending, where it lies."""
+    assert isinstance(packed.layout, TableLayout)
+    own = packed.tensors[LEVELS_NAME].float() if packed.layout.own_levels else levels(packed.layout.table).to(packed.device)
+    return own.to(dtype)
+
+
 def nearest(values: Tensor, table: str) -> Tensor:
-    """Codes of the nearest levels, uint8 of the same shape. A value half-way between two goes to the lower one."""
-    steps = levels(table, values.dtype).to(values.device)
+    """Codes of the nearest levels of a fixed table, uint8 of the same shape. A value half-way between two goes to the lower one."""
+    return nearest_of(values, levels(table, values.dtype).to(values.device))
+
+
+def nearest_of(values: Tensor, steps: Tensor) -> Tensor:
+    """The same for any levels, ascending [16]."""
     return torch.bucketize(values, (steps[1:] + steps[:-1]) / 2).to(torch.uint8)
 
 
@@ -57,12 +68,24 @@ def scales_of(scales_NG: Tensor, supers: Tensor | None, dtype: torch.dtype = tor
     return scales_NG.to(dtype) * supers.to(dtype).repeat_interleave(SUPER_GROUP, dim=1)[:, : scales_NG.shape[1]]
 
 
-def pack_table(codes_NK: Tensor, scales_NG: Tensor, layout: TableLayout, supers: Tensor | None = None) -> PackedTensor:
+def pack_table(codes_NK: Tensor, scales_NG: Tensor, layout: TableLayout, supers: Tensor | None = None, own: Tensor | None = None) -> PackedTensor:
     """Codes and scales in their stored form.
 
     codes_NK: integers below 16, numbers of levels in ascending order. scales_NG, supers: as `round_scales` gives them (plain
-    scales in any float type that holds their bfloat16 values exactly). Raises ValueError when shapes, ranges or precision do not fit.
+    scales in any float type that holds their bfloat16 values exactly). own: the matrix's own levels [16], ascending and rounded to bfloat16,
+    for a codebook only. Raises ValueError when shapes, ranges or precision do not fit.
     """
+    if (own is not None) != layout.own_levels:
+        raise ValueError("Levels of its own belong to a codebook, and only to one.")
+    made = _pack_scaled(codes_NK, scales_NG, layout, supers)
+    if own is None:
+        return made
+    if bool((own.diff() < 0).any()):
+        raise ValueError("The levels of a codebook must ascend.")
+    return PackedTensor(layout, made.shape, {**made.tensors, LEVELS_NAME: as_stored(own, (LEVEL_COUNT,), "levels")})
+
+
+def _pack_scaled(codes_NK: Tensor, scales_NG: Tensor, layout: TableLayout, supers: Tensor | None) -> PackedTensor:
     rows, columns = codes_NK.shape
     groups = layout.groups(columns)
     if (supers is not None) != layout.double_scales:

@@ -13,11 +13,12 @@ from bitpress.kernels.formats import PackedTensor, pack
 from bitpress.kernels.layout import BinaryLayout, BitmapLayout, DenseLayout, Layout, PairLayout, TableLayout, TwoFourLayout, UniformLayout, words_of
 from bitpress.kernels.pairs import dense, pack_pair
 from bitpress.kernels.sparse import pack_bitmap, pack_two_four, pack_two_four_codes
-from bitpress.kernels.tables import nearest, pack_table, round_scales, scales_of
+from bitpress.kernels.tables import levels, nearest_of, pack_table, round_scales, scales_of
 
 LAYOUTS: tuple[Layout, ...] = (
     UniformLayout(4, 32), UniformLayout(3, 24, zero="float"), UniformLayout(5, 32, zero="float"), UniformLayout(8, 0, True),
-    TableLayout("nf4"), TableLayout("fp4", 32), TableLayout("nf4", 16, double_scales=True),
+    TableLayout("nf4"), TableLayout("fp4", 32), TableLayout("nf4", 16, double_scales=True), TableLayout("codebook", 32),
+    TableLayout("codebook", 0, double_scales=True),
     BinaryLayout(2), BinaryLayout(3, 32), BinaryLayout(4, 0), BitmapLayout(0.5), BitmapLayout(0.83, itemsize=4), DenseLayout(),
     TwoFourLayout(DenseLayout()), TwoFourLayout(UniformLayout(4, 32)), TwoFourLayout(UniformLayout(3, 16)), TwoFourLayout(UniformLayout(8, 0, True)),
     PairLayout(0.5, DenseLayout(), DenseLayout()), PairLayout(0.7, UniformLayout(4, 32), UniformLayout(8, 0, True)),
@@ -72,8 +73,10 @@ def _groups(weight_NK: Tensor, group_size: int) -> Tensor:
 def _table(weight_NK: Tensor, layout: TableLayout) -> PackedTensor:
     parts = _groups(weight_NK, layout.group_size)
     scales, supers = round_scales(parts.abs().amax(-1), layout)
-    codes = nearest(parts / scales_of(scales, supers)[..., None], layout.table).view(len(weight_NK), -1)[:, : weight_NK.shape[1]]
-    return pack_table(codes, scales, layout, supers)
+    own = torch.linspace(-1, 0.8, 16).bfloat16().float() if layout.own_levels else None
+    steps = levels(layout.table) if own is None else own
+    codes = nearest_of(parts / scales_of(scales, supers)[..., None], steps).view(len(weight_NK), -1)[:, : weight_NK.shape[1]]
+    return pack_table(codes, scales, layout, supers, own)
 
 
 def _binary(weight_NK: Tensor, layout: BinaryLayout, seed: int) -> PackedTensor:

@@ -17,7 +17,7 @@ CASES: tuple[tuple[Layout, tuple[int, int]], ...] = (
     (UniformLayout(2, 64), (40, 300)), (UniformLayout(3, 32), (33, 288)), (UniformLayout(4, 64), (48, 256)), (UniformLayout(4, 96, True), (17, 200)),
     (UniformLayout(5, 128), (40, 520)), (UniformLayout(6, ROW), (64, 100)), (UniformLayout(8, 64), (50, 256)), (UniformLayout(8, ROW, True), (7, 31)),
     (UniformLayout(4, 64, zero="float"), (40, 300)), (UniformLayout(3, 128, zero="float"), (20, 256)), (UniformLayout(4, 512), (20, 300)),
-    (TableLayout("nf4"), (40, 300)), (TableLayout("fp4", 32, double_scales=True), (33, 256)),
+    (TableLayout("nf4"), (40, 300)), (TableLayout("fp4", 32, double_scales=True), (33, 256)), (TableLayout("codebook"), (40, 300)),
     (BinaryLayout(2, 64), (40, 300)), (BinaryLayout(3, ROW), (33, 256)),
 )  # fmt: skip
 

@@ -36,6 +36,7 @@ def test_bytes_are_those_of_the_layout(packed, any_layout: Layout, shape: tuple[
 def test_bytes_by_hand() -> None:
     assert TableLayout("nf4", 64).nbytes(2, 576) == 2 * (288 + 18)  # 4.25 bits a weight
     assert TableLayout("nf4", 64, double_scales=True).nbytes(2, 576) == 2 * (288 + 9 + 2)
+    assert TableLayout("codebook", 64).nbytes(2, 576) == 2 * (288 + 18) + 32  # and sixteen levels
     assert BinaryLayout(3, 64).nbytes(2, 576) == 2 * (3 * 72 + 9 * 8)
     assert BitmapLayout(0.5).nbytes(10, 100) == 10 * (13 + 100)
     assert TwoFourLayout(DenseLayout()).nbytes(10, 64) == 10 * 72  # 9 bits a weight

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from bitpress.kernels import reference
 from bitpress.kernels.layout import TableLayout
-from bitpress.kernels.tables import levels, nearest, pack_table, round_scales, scales_of, unpack_table
+from bitpress.kernels.tables import levels, levels_of, nearest, pack_table, round_scales, scales_of, unpack_table
 
 GOLDEN = torch.tensor([[0.9, -0.3, 0.1, -1.2, 0.45, 0, -0.05, 0.7]])
 
@@ -64,3 +64,18 @@ def test_what_does_not_fit_is_refused() -> None:
         pack_table(codes, torch.ones(2, 2), layout, torch.ones(2, 1))
     with pytest.raises(ValueError, match="2 rows of 2 groups"):
         pack_table(codes, torch.ones(2, 3), TableLayout("nf4", 4, True), torch.ones(2, 1))
+
+
+def test_a_codebook_has_levels_of_its_own() -> None:
+    layout, codes, own = TableLayout("codebook", 4), torch.arange(16, dtype=torch.uint8).view(2, 8), torch.linspace(-1, 1, 16).bfloat16().float()
+    made = pack_table(codes, torch.full((2, 2), 2.0), layout, own=own)
+    assert torch.equal(reference.dequantize(made), 2 * own[codes.long()]) and torch.equal(levels_of(made), own)
+    assert torch.equal(reference.dequantize(made.take(torch.tensor([1]))), reference.dequantize(made)[1:])
+    with pytest.raises(ValueError, match="belong to a codebook"):
+        pack_table(codes, torch.ones(2, 2), layout)
+    with pytest.raises(ValueError, match="belong to a codebook"):
+        pack_table(codes, torch.ones(2, 2), TableLayout("nf4", 4), own=own)
+    with pytest.raises(ValueError, match="must ascend"):
+        pack_table(codes, torch.ones(2, 2), layout, own=own.flip(0))
+    with pytest.raises(ValueError, match="rounded to bfloat16"):
+        pack_table(codes, torch.ones(2, 2), layout, own=own + 1e-4)
