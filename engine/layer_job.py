@@ -47,6 +47,11 @@ class LayerJob:
         return any(method.within_block(options) for method, options in self.methods)
 
     @property
+    def precise(self) -> bool:
+        """Whether a method asks for statistics of a float32 walk."""
+        return any(method.precise for method, _ in self.methods)
+
+    @property
     def trained(self) -> tuple[BlockMethod, BlockOptions] | None:
         """The method that optimises it with the rest of its block, if one does; it is always the last."""
         method, options = self.methods[-1]

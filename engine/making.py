@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bitpress.engine.after_stats import write_after
@@ -117,6 +118,7 @@ class Making:
             requests,
             on_block,
             within_block=any(job.within_block for job in inside),
+            dtype=torch.float32 if any(job.precise for job in inside) and not self.side else None,
             should_stop=self.should_stop,
             on_inputs=self.enter,
             weights=self.token_weights(requests, calibration),

@@ -61,6 +61,7 @@ class Method(ABC):
     cost: ClassVar[str] = ""  # a sentence: time, and what grows it
     use_when: ClassVar[str] = ""  # a sentence: when to choose it
     gradients: ClassVar[bool] = False  # whether it trains something
+    precise: ClassVar[bool] = False  # whether its statistics come of a float32 walk also where bfloat16 is faster
     acts_on: ClassVar[str]
     ability: ClassVar[Ability]
     needs: ClassVar[frozenset[str]] = frozenset()  # statistics of the calibration walk

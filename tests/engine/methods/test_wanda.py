@@ -1,12 +1,18 @@
-"""Wanda: golden scores and mask of METHODS 0.6, equality with magnitude for equal norms, patterns."""
+"""Wanda: golden scores and mask of METHODS 0.6, equality with magnitude for equal norms, patterns, precision."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitpress.engine.calibration_set import CalibrationSet
+from bitpress.engine.compress import compress
+from bitpress.engine.making import Making
 from bitpress.engine.methods import registry
-from bitpress.engine.recipe import PATTERNS, Scheme, SparsityScheme
+from bitpress.engine.model.load import Loaded
+from bitpress.engine.recipe import PATTERNS, Recipe, Scheme, SparsityScheme
 
 GOLDEN = torch.tensor([[0.9, -0.3, 0.1, -1.2, 0.45, 0, -0.05, 0.7]])
 NORMS = torch.tensor([1, 4, 10, 0.5, 1, 20, 8, 1], dtype=torch.float64)
@@ -39,3 +45,19 @@ def test_a_dead_input_goes_first() -> None:
     weights = torch.tensor([[100.0, 1.0, 2.0, 3.0]])
     made = pruned(weights, torch.tensor([0.0, 1.0, 1.0, 1.0], dtype=torch.float64), SparsityScheme(ratio=0.25))
     assert made.tolist() == [[0.0, 1.0, 2.0, 3.0]]
+
+
+def test_the_walk_is_in_float32_whatever_is_fastest(in_memory: Callable[..., Loaded], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+
+    def hidden_of(self: Making, block: int, hidden: list[torch.Tensor]) -> None:
+        seen.extend(part.dtype for part in hidden)
+
+    monkeypatch.setattr("bitpress.engine.calibrate.compute_dtype", lambda device="cpu": torch.bfloat16)
+    monkeypatch.setattr(Making, "enter", hidden_of)
+    loaded = in_memory("llama")
+    text = CalibrationSet("made here", 0, "none", torch.arange(32).view(2, 16) % loaded.anatomy.vocab)
+    for method in ("wanda", "sparsegpt"):
+        plan = {"model": "llama", "schemes": [{"match": "*", "sparsity": {"ratio": 0.5}}], "stages": [{"method": method}]}
+        compress(loaded, Recipe.from_dict(plan), calibration=text)
+    assert seen == [torch.float32] * loaded.anatomy.blocks + [torch.bfloat16] * loaded.anatomy.blocks
