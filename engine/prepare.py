@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitpress.engine.calibrate import walk
+from bitpress.engine.calibrate import computing_in, walk
 from bitpress.engine.errors import BitpressError, InputError
 from bitpress.engine.layer_store import LAYER_VERSION, MadeFrom, mismatch, read_tensors, write_tensors
 from bitpress.engine.methods import registry
@@ -58,12 +58,12 @@ def prepare(
     """
     model = loaded.model
     for number, method, options in preparations(recipe):
-        before, model = _logits(model, loaded.anatomy), surgery.twin(model)
+        before, model = model, surgery.twin(model)
         emit("stage_started", {"stage": f"preparing: {method.title}", "total": loaded.anatomy.blocks})
         if isinstance(method, TurningMethod):
             for note in method.turn(model, loaded.anatomy, recipe.seed, options):
                 emit("note", {"level": "info", "text": f"{note}."})
-            _check_same(method, before, _logits(model, loaded.anatomy))
+            _check_same(method, before, model, loaded.anatomy)
         elif isinstance(method, ScalingMethod):
             found = _load(folder, number, made_from) if folder else None
             if found is None:
@@ -143,12 +143,12 @@ class _Search:
         return found
 
 
-def _apply(model: nn.Module, anatomy: Anatomy, found: Found, method: PreparationMethod, before: Tensor, recipe: Recipe) -> None:
+def _apply(model: nn.Module, anatomy: Anatomy, found: Found, method: PreparationMethod, before: nn.Module, recipe: Recipe) -> None:
     """Fold what was found into a model, and clip. Raises InputError when the scales alone change what it computes."""
     for link in links_of(model, anatomy):
         if (scale_K := found.get(f"scale:{link.key}")) is not None:
             fold(model, anatomy, link, scale_K)
-    _check_same(method, before, _logits(model, anatomy))
+    _check_same(method, before, model, anatomy)
     for name, scheme in recipe.resolve(anatomy).items():
         if scheme.weights and (limit_NG := found.get(f"limit:{name}")) is not None:
             module = surgery.get(model, name)
@@ -161,15 +161,26 @@ def clipped(weight_NK: Tensor, limit_NG: Tensor, group_size: int) -> Tensor:
     return from_groups(torch.minimum(torch.maximum(groups, -limit_NG1), limit_NG1), weight_NK.shape)
 
 
-@torch.no_grad()
-def _logits(model: nn.Module, anatomy: Anatomy) -> Tensor:
+@torch.inference_mode()
+def _logits(model: nn.Module, anatomy: Anatomy, dtype: torch.dtype) -> Tensor:
     length = min(PROBE_TOKENS, anatomy.context)
     ids = torch.arange(1, length + 1, device=next(model.parameters()).device)[None] % anatomy.vocab
-    return model(input_ids=ids, use_cache=False).logits.float()
+    with computing_in(model.parameters(), dtype):
+        return model(input_ids=ids, use_cache=False).logits.float()
 
 
-def _check_same(method: PreparationMethod, before: Tensor, after: Tensor) -> None:
-    change = float((after - before).norm() / before.norm().clamp(min=1e-6))
+def _change(before: nn.Module, after: nn.Module, anatomy: Anatomy, dtype: torch.dtype) -> float:
+    """How far the logits of a few tokens are apart, relatively."""
+    was, now = (_logits(model, anatomy, dtype) for model in (before, after))
+    return float((now - was).norm() / was.norm().clamp(min=1e-6))
+
+
+def _check_same(method: PreparationMethod, before: nn.Module, after: nn.Module, anatomy: Anatomy) -> None:
+    """Raises InputError for a change that rounding does not explain. Where bfloat16 itself moves the logits as far, float32 decides."""
+    stored = next(before.parameters()).dtype
+    if _change(before, after, anatomy, stored) < SAME:
+        return
+    change = _change(before, after, anatomy, torch.float32)
     if not change < SAME:
         why = f"Its logits would change by {change:.0%}, although {method.title} should leave them alone."
         raise InputError(f"{method.title} does not fit this model.", why, f"Leave the stage `{method.name}` out.")

@@ -1,5 +1,6 @@
 """Stages that prepare, in a run: the model computes what it did, rounding loses less, what was found is kept and refused when it is another's."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from bitpress.engine.errors import BitpressError, InputError
 from bitpress.engine.layer_store import LayerStore
 from bitpress.engine.methods import registry
 from bitpress.engine.methods.catalogue import problems
-from bitpress.engine.prepare import _logits, prepare
+from bitpress.engine.prepare import _check_same, _logits, prepare
 from bitpress.engine.recipe import Recipe
 
 IDS = torch.randint(2, 300, (6, 32), generator=torch.Generator().manual_seed(1))
@@ -43,11 +44,11 @@ def gap(loaded: Any, model: Any) -> float:
 @pytest.mark.parametrize("stage", ["awq", "smoothquant", "rotation"])
 def test_preparing_leaves_the_logits_and_the_dense_model_alone(stage: str, in_memory: Build) -> None:
     loaded = outlying(in_memory("llama"))
-    before = _logits(loaded.model, loaded.anatomy)
+    before = _logits(loaded.model, loaded.anatomy, torch.float32)
     plan = recipe({"method": stage, "options": {"clip": False} if stage == "awq" else {}}, "rtn")
     ready = prepare(loaded, plan, IDS, None, None, lambda kind, data: None, lambda: False)  # type: ignore[arg-type]
-    torch.testing.assert_close(_logits(ready.model, loaded.anatomy), before, rtol=1e-3, atol=1e-3)
-    assert torch.equal(_logits(loaded.model, loaded.anatomy), before)
+    torch.testing.assert_close(_logits(ready.model, loaded.anatomy, torch.float32), before, rtol=1e-3, atol=1e-3)
+    assert torch.equal(_logits(loaded.model, loaded.anatomy, torch.float32), before)
     assert not torch.equal(ready.model.model.layers[0].mlp.up_proj.weight, loaded.model.model.layers[0].mlp.up_proj.weight)
 
 
@@ -152,3 +153,12 @@ def test_the_compressed_embedding_of_a_turned_model_is_turned(in_memory: Build) 
         return model(input_ids=IDS).logits.argmax(-1)
 
     assert (top(made.model) == top(loaded.model)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(("exact", "passes"), [(0.02, True), (0.3, False)])
+def test_where_bfloat16_alone_moves_the_logits_float32_decides(exact: float, passes: bool, in_memory: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = in_memory("llama")
+    monkeypatch.setattr("bitpress.engine.prepare._change", lambda before, after, anatomy, dtype: exact if dtype == torch.float32 else 0.13)
+    model, method = loaded.model.to(torch.bfloat16), registry.get("awq")
+    with contextlib.nullcontext() if passes else pytest.raises(InputError, match="AWQ does not fit this model. Its logits would change by 30%"):
+        _check_same(method, model, model, loaded.anatomy)
