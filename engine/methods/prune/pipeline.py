@@ -6,6 +6,7 @@ weights that come first in memory go first, so that a result can be repeated. Ev
 
 from abc import abstractmethod
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +22,7 @@ Scope = Literal["layer", "row"]
 Repairing = Literal["none", "obs", "least_squares"]
 Repair = Callable[[Tensor, Tensor], Tensor]  # (weight_NK, keep_NK) -> weight_NK that makes up for what goes
 RIDGE = 1e-6  # times the mean of the diagonal
+FEW = 16  # scores a row up to which every pair of them is compared
 
 
 def prune_matrix(weight_NK: Tensor, score_NK: Tensor, scheme: SparsityScheme, scope: Scope = "layer", repair: Repair | None = None) -> Tensor:
@@ -50,10 +52,43 @@ def _lowest(score_RM: Tensor, count: int) -> Tensor:
     """Marks exactly `count` lowest scores of each row; among equals the first. count <= M."""
     if count == 0:
         return torch.zeros_like(score_RM, dtype=torch.bool)
-    threshold = score_RM.kthvalue(count, dim=1, keepdim=True).values
+    if score_RM.shape[1] <= FEW:
+        return _lowest_of_few(score_RM, count)
+    threshold = _ordered(score_RM, count)
+    lowest = score_RM <= threshold
+    if bool((lowest.sum(dim=1) == count).all()):
+        return lowest
     below, equal = score_RM < threshold, score_RM == threshold
     missing = count - below.sum(dim=1, keepdim=True)
     return below | (equal & (equal.cumsum(dim=1) <= missing))
+
+
+def _ordered(score_RM: Tensor, count: int) -> Tensor:
+    """The count-th lowest score of each row, [R, 1]."""
+    if len(score_RM) == 1 and score_RM.dtype == torch.float32:
+        return _ordered_by_half(score_RM[0], count).view(1, 1)
+    return score_RM.kthvalue(count, dim=1, keepdim=True).values
+
+
+def _ordered_by_half(score_M: Tensor, count: int) -> Tensor:
+    """The same of one long row: counted by the upper half of their bits, most scores never meet another. A tenth of the time of kthvalue."""
+    bits_M = score_M.view(torch.int32)
+    half_M = ((bits_M ^ ((bits_M >> 31) & 0x7FFFFFFF)) >> 16) + (1 << 15)  # ordered as the numbers are
+    up_to = torch.bincount(half_M, minlength=1 << 16).cumsum(0)
+    half = int(torch.searchsorted(up_to, count))
+    those = score_M[half_M == half]
+    return those.kthvalue(count - int(up_to[half]) + len(those)).values
+
+
+def _lowest_of_few(score_RM: Tensor, count: int) -> Tensor:
+    """As `_lowest` by meeting every pair of columns: rows of a pattern are many and short."""
+    columns = score_RM.unbind(1)
+    before = [torch.zeros(len(score_RM), dtype=torch.uint8, device=score_RM.device) for _ in columns]  # how many of its row go before each
+    for (one, first), (other, second) in combinations(enumerate(columns), 2):
+        later = (second < first).view(torch.uint8)
+        before[one] += later
+        before[other] += 1 - later
+    return torch.stack([goes < count for goes in before], dim=1)
 
 
 def schedule(steps: int) -> list[float]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitpress.engine.methods import registry
-from bitpress.engine.methods.prune.pipeline import prune_matrix, select
+from bitpress.engine.methods.prune.pipeline import _lowest, prune_matrix, select
 from bitpress.engine.recipe import Scheme, SparsityScheme
 
 GOLDEN = torch.tensor([[0.9, -0.3, 0.1, -1.2, 0.45, 0, -0.05, 0.7]])
@@ -74,3 +74,19 @@ def test_half_of_a_real_shape_goes(pattern: str) -> None:
     assert int((made == 0).sum()) == weights.numel() // 2
     if pattern == "2:4":
         assert ((made.view(-1, 4) == 0).sum(dim=1) == 2).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4096), (200, 4), (40, 8), (3, 200)])
+@pytest.mark.parametrize("kind", ["apart", "alike", "signed", "far"])
+def test_the_lowest_are_those_of_a_stable_sort(shape: tuple[int, int], kind: str) -> None:
+    chance = torch.Generator().manual_seed(shape[1])
+    scores = torch.randn(shape, generator=chance)
+    if kind == "alike":
+        scores = torch.randint(-2, 3, shape, generator=chance).float() * torch.where(scores > 0, 1.0, -1.0)  # zeros of both signs
+    elif kind == "apart":
+        scores = scores.abs()
+    elif kind == "far":
+        scores *= 10.0 ** torch.randint(-30, 30, shape, generator=chance)
+    for count in {0, 1, shape[1] // 2, shape[1]}:
+        wanted = torch.zeros(shape, dtype=torch.bool).scatter(1, scores.sort(dim=1, stable=True).indices[:, :count], True)
+        assert torch.equal(_lowest(scores, count), wanted)
