@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-_SOURCES = ("lowbit", "table", "binary", "sparse", "panel", "step", "token", "stream", "cache", "outer", "attention", "compare")
+_SOURCES = ("lowbit", "table", "binary", "sparse", "panel", "step", "token", "stream", "cache", "outer", "attention", "compare", "round")
 _HEADERS = ("bf16", "rows", "lanes", "panel", "lowbit", "meeting", "attend", "step", "cache", "cache_rows", "cache_codes", "cache_panel")
 SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}.cpp") for name in _SOURCES)
 HEADERS = tuple(Path(__file__).with_name(f"cpu_{name}.h") for name in _HEADERS)
@@ -133,6 +133,8 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.bitpress_attend_cache.argtypes, lib.bitpress_attend_cache.restype = [*[address] * 7, *[number] * 3, real, number], None
     lib.bitpress_compare.argtypes, lib.bitpress_compare.restype = [address, address, *[number] * 3, address, address, number], None
     lib.bitpress_gated_silu.argtypes = [*[address] * 3, number, number, ctypes.c_int64, number, number]
+    lib.bitpress_round_groups.argtypes, lib.bitpress_round_groups.restype = [address, *[number] * 4, *[address] * 3, number], None
+    lib.bitpress_widen_codes.argtypes, lib.bitpress_widen_codes.restype = [*[address] * 3, *[number] * 3, address, number], None
     lib.bitpress_token.argtypes = [address, number, address, number, *[address] * 6, *[number] * 5, real, number, number, number]
     lib.bitpress_token.restype = None
     for silent in (lib.bitpress_table, lib.bitpress_bitmap, lib.bitpress_two_four, lib.bitpress_rms_norm, lib.bitpress_attend_one, lib.bitpress_gated_silu):

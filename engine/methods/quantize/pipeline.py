@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bitpress.engine.recipe import WeightScheme
+from bitpress.kernels.rounding import round_groups, widen_codes
 
 SCALE_DTYPE = torch.bfloat16  # what kernels.formats stores
 CHUNK_WEIGHTS = 1 << 19  # weights worked on at once: bounds memory and stays in cache
@@ -127,6 +128,9 @@ def quantize_groups(weight_NK: Tensor, scheme: WeightScheme, clip: ClipSearch | 
 
     weight_NK: float32 [N, K], finite. Rows are worked on in chunks, so memory beyond the result is a few MB.
     """
+    whole = scheme.symmetric or scheme.zero == "integer"
+    if clip is None and whole and (made := round_groups(weight_NK, scheme.bits, scheme.group_size, scheme.symmetric)):
+        return Codes(*made)
     rows = max(1, CHUNK_WEIGHTS // weight_NK.shape[1])
     parts = [_quantize_rows(chunk, scheme, clip) for chunk in weight_NK.split(rows)]
     codes, scales, zeros = zip(*parts, strict=True)
@@ -149,7 +153,11 @@ def codes_on(groups: Tensor, grid: Grid, scheme: WeightScheme, shape: Sequence[i
 
 def dequantize_groups(codes: Codes, scheme: WeightScheme) -> Tensor:
     """The float32 matrix [N, K] that codes stand for; exactly what kernels.reference computes from the packed tensors."""
+    scales_NG, middle = codes.scales_NG.float(), 2 ** (scheme.bits - 1)
+    zeros_NG = torch.full_like(scales_NG, middle) if codes.zeros_NG is None else codes.zeros_NG.float()
+    made_NK = widen_codes(codes.codes_NK, codes.scales_NG, zeros_NG, scheme.group_size)
+    if made_NK is not None:
+        return made_NK
     groups = to_groups(codes.codes_NK, scheme.group_size).float()
-    scale = codes.scales_NG.float().unsqueeze(-1)
-    zero = torch.full_like(scale, 2 ** (scheme.bits - 1)) if codes.zeros_NG is None else codes.zeros_NG.float().unsqueeze(-1)
-    return from_groups(decode(groups, Grid(scale, zero, 2**scheme.bits - 1)), codes.codes_NK.shape).contiguous()
+    grid = Grid(scales_NG.unsqueeze(-1), zeros_NG.unsqueeze(-1), 2**scheme.bits - 1)
+    return from_groups(decode(groups, grid), codes.codes_NK.shape).contiguous()
