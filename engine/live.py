@@ -23,7 +23,7 @@ from bitpress.engine.recipe import EmbeddingScheme, Recipe, Scheme, Structure
 from bitpress.engine.sensitivity_options import rows_scheme
 from bitpress.engine.sensitivity_truth import Prefixes
 
-BATCH = 2  # windows that share a forward; an order that is superseded stops between two
+BATCH = 8  # windows that share a forward; an order that is superseded stops between two blocks
 PLAIN = ("magnitude", "rtn")
 
 
@@ -57,6 +57,7 @@ class Live:
         self.loaded, self.ids_NT = loaded, ids_NT
         self.twin = surgery.twin(loaded.model)
         self.prefixes = Prefixes(self.twin, loaded.anatomy, ids_NT, BATCH)
+        self.tied = _sharing(self.twin)
         self.made: dict[str, object] = {}  # layer -> what it was made by; absent layers are dense
         with self.prefixes.open():
             self.prefixes.take()
@@ -82,11 +83,15 @@ class Live:
         anatomy = self.loaded.anatomy
         found: dict[str, object] = {}
         notes: dict[str, None] = {}
+        chosen: dict[Scheme, tuple[tuple[str, ...], list[str]]] = {}  # most layers share a scheme
         for name, scheme in schemes.items():
-            if not scheme.is_dense:
+            if scheme.is_dense:
+                continue
+            if scheme not in chosen:
                 methods, told = plain_methods(scheme, recipe)
-                found[name] = (scheme, tuple(method.name for method in methods))
-                notes |= dict.fromkeys(told)
+                chosen[scheme] = tuple(method.name for method in methods), told
+            found[name] = (scheme, chosen[scheme][0])
+            notes |= dict.fromkeys(chosen[scheme][1])
         for part, end in ((anatomy.embedding, recipe.embedding), (anatomy.head, recipe.head)):
             if part is not None and end is not None:
                 found[part.name] = end
@@ -110,10 +115,8 @@ class Live:
 
     def _put(self, module: nn.Module, weight: nn.Parameter) -> None:
         """Also into whatever is tied to the module."""
-        old = _weight(module)
-        for other in self.twin.modules():
-            if getattr(other, "weight", None) is old:
-                other.weight = weight
+        for one in self.tied.get(module, [module]):
+            one.weight = weight
 
     def _first_block(self, name: str) -> int:
         part = self.loaded.anatomy.by_name[name]
@@ -121,21 +124,32 @@ class Live:
             return part.block
         return -1 if part.name == self.loaded.anatomy.embedding.name else self.loaded.anatomy.blocks
 
-    def windows(self) -> Iterator[tuple[Scored, Quality]]:
-        """Score every window under the weights of now, re-using the states below the lowest changed block."""
+    def windows(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Scored, Quality]]:
+        """Score every window under the weights of now, re-using the states below the lowest changed block. Ends early when told to stop."""
         quality = Quality(asked=len(self.ids_NT))
         for number in range(len(self.prefixes.ids)):
             with self.prefixes.open():
-                if self.stale[number] < 0:
-                    self.prefixes.enter_again(number)
-                scores = self.prefixes.score(number, max(0, self.stale[number]))
-            self.stale[number] = self.loaded.anatomy.blocks
+                if not self._catch_up(number, should_stop):
+                    return
+                scores = self.prefixes.score(number)
             for nll_dense_P, nll_P, kl_P, same_P in scores:
                 quality.nll_dense.append(float(nll_dense_P.double().mean()))
                 quality.nll.append(float(nll_P.double().mean()))
                 quality.kl_P.append(kl_P)
                 quality.same_P.append(same_P)
                 yield Scored(quality.windows - 1, quality.nll_dense[-1], quality.nll[-1], quality.ratio()), quality
+
+    def _catch_up(self, number: int, should_stop: Callable[[], bool]) -> bool:
+        """Run a batch through the blocks whose states are not those of now. False when told to stop; what was run by then is kept."""
+        if self.stale[number] < 0:
+            self.prefixes.enter_again(number)
+            self.stale[number] = 0
+        for block in range(self.stale[number], self.loaded.anatomy.blocks):
+            if should_stop():
+                return False
+            self.prefixes.advance(number, block)
+            self.stale[number] = block + 1
+        return True
 
 
 def check(recipe: Recipe) -> None:
@@ -168,6 +182,15 @@ def plain_methods(scheme: Scheme, recipe: Recipe) -> tuple[list[LinearMethod], l
 
 def _plain(method: LinearMethod, part: str, scheme: Scheme) -> bool:
     return not method.needs and not method.gradients and method.ability.part == part and method.satisfies(scheme)
+
+
+def _sharing(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """The modules that share their weight with others, each with all of them."""
+    holders: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if isinstance(getattr(module, "weight", None), nn.Parameter):
+            holders.setdefault(id(module.weight), []).append(module)
+    return {module: together for together in holders.values() if len(together) > 1 for module in together}
 
 
 def _weight(module: nn.Module) -> nn.Parameter:

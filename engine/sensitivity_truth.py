@@ -114,14 +114,13 @@ class Prefixes:
         hidden, _ = enter(self.model, self.anatomy, self.blocks, [self.ids[number]], self.dtype)
         self.states[0][number] = hidden[0]
 
-    def score(self, number: int, block: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Of each window of a batch: NLL of the reference and of the model as it is now, KL and same-top-1, a value a predicted token [T - 1].
+    def advance(self, number: int, block: int) -> None:
+        """Run a batch through one block and keep the states behind it, so that a change above it starts from them."""
+        self.states[block + 1][number] = self.through(block, self.states[block][number])
 
-        The states behind `block` are kept, so that the next change above it starts from them.
-        """
+    def score(self, number: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Of each window of a batch: NLL of the reference and of the model as it is now, KL and same-top-1, a value a predicted token [T - 1]."""
         ids_BL = self.ids[number]
-        for index in range(block, len(self.blocks)):
-            self.states[index + 1][number] = self.through(index, self.states[index][number])
         targets_P = torch.cat([ids_BL[:, 1:], ids_BL[:, :1]], dim=1).flatten()  # the last one of each window is cut below
         parts = self.compared(number, self.logits(ids_BL, self.states[-1][number]), targets_P)
         rows = [torch.cat(column).view(ids_BL.shape)[:, :-1].cpu() for column in zip(*parts, strict=True)]

@@ -39,7 +39,7 @@ class LiveDesk:
         self.text, self.one_line = "", ""
 
     def perform(self, order: Order, emit: Emit, cut: Callable[[], bool]) -> dict[str, Any]:
-        """Answer an order; `cut` says between two windows whether to stop. Gives what its end event carries."""
+        """Answer an order; `cut` says between two blocks whether to stop. Gives what its end event carries."""
         began = time.perf_counter()
         recipe = kept_recipe(str(order.args.get("recipe", "")))
         if recipe.model != self.resident.entry.id:
@@ -49,11 +49,11 @@ class LiveDesk:
         told: dict[str, Any] = {"recipe": recipe.digest(), "layers": len(change.layers), "lowest": change.lowest, "notes": list(change.notes)}
         if cut():
             return told
-        quality = Quality(asked=0)
-        for scored, quality in live.windows():  # noqa: B007 - the last one holds the figures of all
+        quality = Quality(asked=1)
+        for scored, quality in live.windows(cut):  # noqa: B007 - the last one holds the figures of all
             emit("window", {"order": order.id, **_event(scored)})
-            if cut():
-                return told
+        if quality.windows < quality.asked or cut():
+            return told
         return {**told, **self._figures(recipe, quality), "made_s": round(change.seconds, 4), "seconds": round(time.perf_counter() - began, 4)}
 
     def _live(self, text: str) -> Live:

@@ -76,8 +76,9 @@ def test_only_what_changed_is_made_and_only_what_follows_is_run(in_memory: Build
 def test_a_superseded_order_leaves_nothing_stale(in_memory: Build) -> None:
     session = Live(in_memory("llama"), IDS)
     session.turn(recipe(FOUR))
-    windows = session.windows()
-    next(windows)  # stopped after the first window
+    asked = iter([False, False, True])
+    assert list(session.windows(lambda: next(asked))) == [], "stopped behind the second block"
+    assert session.stale == [2]
     session.turn(recipe(FOUR, {"match": "blocks:2", "weights": {"bits": 2, "group_size": 32}}))
     found = answer(session)
     fresh = Live(in_memory("llama"), IDS)
@@ -104,4 +105,14 @@ def test_what_cannot_be_shown_is_refused_and_what_is_stood_in_for_is_told(in_mem
     plan = recipe(FOUR).model_copy(update={"stages": Recipe.from_dict({"model": "llama", "stages": [{"method": "gptq"}]}).stages})
     (note,) = session.turn(plan).notes
     assert "stands in for GPTQ" in note
-    assert live.BATCH >= 1
+
+
+def test_a_batch_that_was_scored_is_not_scored_again_when_the_next_one_is_cut(in_memory: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "BATCH", 2)
+    session = Live(in_memory("llama"), IDS)
+    session.turn(recipe(FOUR))
+    windows = session.windows()
+    next(windows)
+    windows.close()
+    assert session.stale == [3, 0, 0]
+    assert len(list(session.windows())) == 6
