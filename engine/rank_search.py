@@ -115,15 +115,14 @@ class Projected:
     """A matrix with all principal directions of its outputs at hand: any rank is a product away."""
 
     module: nn.Linear
-    weight_NK: Tensor
     basis_NN: Tensor  # float32, the first column varies most
+    turned_NK: Tensor  # the weights in these directions
     mean_N: Tensor  # of the outputs
 
     def at(self, rank: int) -> tuple[Tensor, Tensor]:
         """(weight, bias) of the matrix on its first directions."""
         basis_NR = self.basis_NN[:, :rank]
-        made_NK = basis_NR @ (basis_NR.t() @ self.weight_NK)
-        return made_NK, self.mean_N - basis_NR @ (basis_NR.t() @ self.mean_N)
+        return basis_NR @ self.turned_NK[:rank], self.mean_N - basis_NR @ (basis_NR.t() @ self.mean_N)
 
 
 def projected(loaded: Loaded, ids_SL: Tensor, names: list[str], should_stop: Callable[[], bool]) -> dict[str, Projected]:
@@ -135,7 +134,8 @@ def projected(loaded: Loaded, ids_SL: Tensor, names: list[str], should_stop: Cal
             module = surgery.get(loaded.model, name)
             weight_NK = surgery.linear_weight(module).detach().float()
             _, vectors_NN = torch.linalg.eigh(output_moment(weight_NK, known["pooled_covariance"]))
-            found[name] = Projected(module, weight_NK, vectors_NN.flip(1).float(), (weight_NK.double() @ known["mean"]).float())  # type: ignore[arg-type]
+            basis_NN, mean_N = vectors_NN.flip(1).float(), (weight_NK.double() @ known["mean"]).float()
+            found[name] = Projected(module, basis_NN, basis_NN.t() @ weight_NK, mean_N)  # type: ignore[arg-type]
 
     requests = {name: {"mean", "pooled_covariance"} for name in names}
     walk(loaded.model, loaded.anatomy, ids_SL, requests, keep, sequential=False, should_stop=should_stop)

@@ -30,7 +30,7 @@ from bitpress.engine.measure.measure import windows_for
 from bitpress.engine.measure.perplexity import measure_pair, perplexity
 from bitpress.engine.model import library, surgery
 from bitpress.engine.model.load import Loaded, load
-from bitpress.engine.rank_search import SPANS, Objective, Space, Trial, objective_on, search, search_ranks
+from bitpress.engine.rank_search import HELD_OUT, OBJECTIVE_LENGTH, SPANS, Objective, Space, Trial, objective_on, search, search_ranks
 from bitpress.engine.recipe import Calibration, Measure, Recipe
 
 METHODS = ("svd", "asvd", "svd-llm", "rom")
@@ -224,6 +224,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--entrants", nargs="*", default=[], help="by name; all without it")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--evaluations", type=int, default=50)
+    parser.add_argument("--objective", type=int, default=HELD_OUT, help="sequences that allocations are judged on, 16 at most")
     parser.add_argument("--no-chance", dest="chance", action="store_false", help="leave random search away")
     parser.add_argument("--trials", type=Path, help="rows of `--tables search`, whose best ranks are used in `weights`")
     parser.add_argument("--sequences", type=int, default=64)
@@ -244,8 +245,9 @@ def main() -> None:
         show(asked, "steps", step_rows(loaded, asked), "noise in the cache")
         return
     ids_NT = windows_for(loaded, entry, Measure(tier=asked.tier)).ids_NT[: asked.windows]
-    drawn = calibration_set(loaded, Calibration(sequences=asked.sequences + 16, length=asked.length))
-    tokens, text_SL = CalibrationSet(drawn.text, drawn.seed, drawn.sha256, drawn.ids_SL[:-16]), drawn.ids_SL[-16:, :256]
+    drawn = calibration_set(loaded, Calibration(sequences=asked.sequences + HELD_OUT, length=asked.length))
+    tokens = CalibrationSet(drawn.text, drawn.seed, drawn.sha256, drawn.ids_SL[:-HELD_OUT])
+    text_SL = drawn.ids_SL[-asked.objective :, :OBJECTIVE_LENGTH]
     makers = {
         "weights": lambda: weight_rows(loaded, ids_NT, tokens, text_SL, asked),
         "search": lambda: search_rows(loaded, tokens, text_SL, asked),
