@@ -1,4 +1,4 @@
-"""Ranks of a latent KV cache that fall from the first block to the last, from condition numbers (METHODS 4.1). Knows numbers and kept spectra; no weights.
+"""Ranks of a latent KV cache, from condition numbers (METHODS 4.1) or from what each rank loses. Knows numbers and kept spectra; no weights.
 
 An error in block l passes through all blocks after it, so the product of their condition numbers says how much it may grow: early
 blocks keep more. d_l = d_max (1 - (max - log k_l) / (max - min) (1 - d_min / d_max)), k_l the product from block l on.
@@ -6,7 +6,7 @@ blocks keep more. d_l = d_max (1 - (max - log k_l) / (max - min) (1 - d_min / d_
 
 import json
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import log
 from pathlib import Path
 from typing import Literal
@@ -38,6 +38,23 @@ def progressive_ranks(conditions: Sequence[float], width: int, keep: float, leas
         why = f"Some block would keep none of its {width} numbers."
         raise InputError(f"No ranks keep {keep:.1%} of the cache.", why, "Keep more, or set `least` nearer to 1.")
     return tuple(found)
+
+
+def spread_ranks(lost: Sequence[Sequence[float]], keep: float, runs: int) -> tuple[int, ...]:
+    """A rank a block, together at most `keep` of all blocks' width, such that the sum of what is lost is least.
+
+    lost: of every block, what is lost when each of its `runs` heads keeps 0, 1, .. C numbers; falling, by less and less. Every head keeps
+    one at least. Raises InputError for a share that leaves less than that.
+    """
+    width = sum(len(block) - 1 for block in lost)
+    budget = int(keep * width + 1e-9) - len(lost)
+    if budget < 0:
+        raise InputError(f"No ranks keep {keep:.1%} of the cache.", "Some head would keep none of its numbers.", f"Keep {len(lost) / width:.1%} or more.")
+    gains = sorted(((before - after, number) for number, block in enumerate(lost) for before, after in pairwise(block[1:])), reverse=True)
+    found = [1] * len(lost)
+    for _, number in gains[:budget]:
+        found[number] += 1
+    return tuple(runs * rank for rank in found)
 
 
 def measured_conditions(anatomy: Anatomy, stats: Path) -> list[float]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitpress.engine import mixing
 from bitpress.engine.after_stats import write_after
 from bitpress.engine.blockwise import Reconstruction
 from bitpress.engine.calibrate import Requests, walk
@@ -27,7 +28,7 @@ from bitpress.engine.methods.base import Statistics
 from bitpress.engine.model import surgery
 from bitpress.engine.pace import Pace
 from bitpress.engine.shape import Shaped
-from bitpress.engine.statistics import WEIGHTED
+from bitpress.engine.statistics import BEHIND, WEIGHTED
 from bitpress.engine.token_weights import token_weights
 from bitpress.engine.train import Learner, Student, Training
 from bitpress.kernels.packed import PackedLinear
@@ -93,7 +94,10 @@ class Making:
 
     def walk(self, inside: list[LayerJob], calibration: CalibrationSet) -> None:
         """Block by block: each block's inputs have passed through the compressed blocks before it."""
-        requests = {job.place: set(job.needs) for job in inside if job.needs}
+        requests = {job.place: set(job.needs - BEHIND) for job in inside if job.needs}
+        readers = mixing.readers({job.place for job in inside if job.needs & BEHIND}, self.shaped.anatomy)
+        for reader in readers.values():
+            requests.setdefault(reader.name, set()).add("gram")
         blocks: dict[int, list[LayerJob]] = {}
         for job in inside:
             blocks.setdefault(self.shaped.anatomy.by_name[job.place].block or 0, []).append(job)
@@ -103,6 +107,7 @@ class Making:
         seen: dict[str, Statistics] = {}
 
         def on_block(block: int, stats: Mapping[str, Statistics]) -> None:
+            stats = mixing.with_mixed(stats, readers, self.shaped.model, self.shaped.anatomy)
             seen.update(stats)
             ready = [job for job in blocks.get(block, []) if not job.needs or job.place in seen]
             alone = [job for job in ready if not job.trained]

@@ -140,6 +140,7 @@ STATISTICS: dict[str, Callable[[], Statistic]] = {
     "pooled_covariance": PooledCovariance,
 }
 
+BEHIND = frozenset({"mixed", "taken"})  # what attention makes of values, from the inputs of what reads them (engine.mixing)
 WEIGHTED = frozenset({"loss_gram"})  # each token counts by its weight for the layer (engine.token_weights)
 
 

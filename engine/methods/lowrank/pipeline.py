@@ -64,6 +64,16 @@ def truncate(weight_NK: Tensor, root: Root | None, rank: int) -> Factors:
     return Factors((left_NR[:, :rank] * half_R).float(), (half_R[:, None] * back_RK).float())
 
 
+def energies(mixed_CC: Tensor, taken_CC: Tensor) -> tuple[Root, Tensor, Tensor]:
+    """Of numbers of moment M, read by a matrix W with W^T W = T: a root of T, and in it the directions [C, C] that W x lies in, strongest first.
+
+    The third are what they carry: the squares of those that are left away sum to E ||W (x - P x)||^2, P the best projection of its rank.
+    """
+    taken = root_of(taken_CC)
+    directions_CC, values_C, _ = torch.linalg.svd(taken.root_KK.t() @ root_of(mixed_CC).root_KK)
+    return taken, directions_CC, values_C
+
+
 def project(weight_NK: Tensor, moment_NN: Tensor, rank: int) -> Factors:
     """W on the r principal directions V of its outputs' moment: A = V, B = V^T W (METHODS 9.1, 11.1)."""
     _, vectors_NN = torch.linalg.eigh((moment_NN + moment_NN.t()) / 2)
@@ -94,12 +104,16 @@ class FactorMethod(LinearMethod):
 
     @abstractmethod
     def factor(self, weight_NK: Tensor, rank: int, stats: Statistics, options: Any) -> Factors:
-        """The factors of one matrix."""
+        """The factors of one matrix, or of one run of its rows."""
+
+    def of_run(self, stats: Statistics, run: int, runs: int) -> Statistics:
+        """What of the statistics is about one run of rows. Where inputs are all that is known, every run has the same."""
+        return stats
 
     def apply(self, weight_NK: Tensor, scheme: Scheme, stats: Statistics, options: Any) -> Outcome:
         """Factor one matrix at the scheme's rank; round the factors to nearest where the scheme gives them widths."""
         runs, rank = scheme.rank.latent or 1 if scheme.rank else 1, rank_of(weight_NK, scheme)
-        parts = [self.factor(rows_nK, rank // runs, stats, options) for rows_nK in weight_NK.chunk(runs)]
+        parts = [self.factor(rows_nK, rank // runs, self.of_run(stats, run, runs), options) for run, rows_nK in enumerate(weight_NK.chunk(runs))]
         factors = Factors(torch.block_diag(*(part.left_NR for part in parts)), torch.cat([part.right_RK for part in parts]))
         left, right = (rounded(factor, scheme.weights) for factor in factors)
         made = product(left, right)
