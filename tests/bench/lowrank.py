@@ -20,18 +20,19 @@ from typing import Any
 
 import torch
 
-from bitpress.engine.accounting import cache_bytes, removed_share
+from bitpress.engine.accounting import cache_bytes, removed_share, side_bytes
 from bitpress.engine.cache_bench import step_times
 from bitpress.engine.calibration_set import CalibrationSet, calibration_set
 from bitpress.engine.compress import compress
 from bitpress.engine.decode import Decoder
-from bitpress.engine.kv_ranks import progressive_ranks
+from bitpress.engine.kv_ranks import progressive_ranks, spread_ranks
 from bitpress.engine.measure.measure import windows_for
 from bitpress.engine.measure.perplexity import measure_pair, perplexity
+from bitpress.engine.mixing import value_losses
 from bitpress.engine.model import library, surgery
 from bitpress.engine.model.load import Loaded, load
 from bitpress.engine.rank_search import HELD_OUT, OBJECTIVE_LENGTH, SPANS, Objective, Space, Trial, objective_on, search, search_ranks
-from bitpress.engine.recipe import Calibration, Measure, Recipe
+from bitpress.engine.recipe import CacheSide, Calibration, KVCache, Measure, Recipe
 
 METHODS = ("svd", "asvd", "svd-llm", "rom")
 COLUMNS = {
@@ -41,7 +42,8 @@ COLUMNS = {
     "steps": ("entrant", "context", "cache_bytes", "share", "step_ms", "p10_ms", "tokens_per_s", "faster"),
 }
 LATENT = ("latent, SVD, progressive (LoRC)", "latent, SVD, each head", "latent, whitened, values only", "whitened latent and KIVI 4 bit")
-SPEED = (*LATENT, "KIVI 4 bit", "KIVI 2 bit")
+MIXED, MIXED_8 = "KIVI 4 bit keys, latent values", "KIVI 4 bit keys, latent values at 8 bit"
+SPEED = (*LATENT, MIXED, MIXED_8, "KIVI 4 bit", "KIVI 2 bit")
 
 
 def recipe(model: str, **fields: Any) -> Recipe:
@@ -169,11 +171,26 @@ def caches(loaded: Loaded, keep: float, window: int) -> list[tuple[str, str, dic
     ]
 
 
+def mixed_caches(loaded: Loaded, keep: float, window: int, lost: list[list[float]]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Coded keys beside latent values by what attention mixes, together at most `keep` of the dense cache; and the values in codes of 8 bits too."""
+    heads, keys = loaded.anatomy.kv_heads, {**coded(4, 32), "values": None}
+
+    def values(share: float) -> dict[str, Any]:
+        return {"rank": {"ranks": list(spread_ranks(lost, share, heads)), "heads": "each", "sides": "values"}}
+
+    left = 2 * keep - side_bytes(CacheSide(**coded(4, 32)["keys"]), KVCache(residual_window=32), 1, window) / (2 * window)
+    return [
+        (MIXED, "mixed-values", {**keys, **values(min(1.0, left))}),
+        (MIXED_8, "mixed-values", {**keys, "values": {"bits": 8, "axis": "token"}, **values(0.94)}),
+    ]
+
+
 def cache_rows(loaded: Loaded, ids_NT: torch.Tensor, tokens: CalibrationSet, asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every cache at about one share of the dense one's bytes where it has a choice."""
     length = ids_NT.shape[1]
     dense = cache_bytes(None, loaded.anatomy, length)
-    for entrant, method, cache in caches(loaded, asked.cache_keep, length):
+    mixed = mixed_caches(loaded, asked.cache_keep, length, value_losses(loaded, tokens.ids_SL[:32]))
+    for entrant, method, cache in [*caches(loaded, asked.cache_keep, length), *mixed]:
         if asked.entrants and entrant not in asked.entrants:
             continue
         plan = recipe(asked.model, kv_cache=cache, stages=[{"method": method}] if method else [])
@@ -190,7 +207,8 @@ def step_rows(loaded: Loaded, asked: argparse.Namespace) -> Iterator[dict[str, A
     for context in asked.context:
         room = min(context, loaded.anatomy.context - asked.steps - 1) if loaded.anatomy.context else context
         decoders = {"dense": Decoder(loaded.model, None, room + asked.steps + 1)}
-        for entrant, _, cache in caches(loaded, asked.cache_keep, room):
+        alike = [[1 - number / loaded.anatomy.head_dim for number in range(loaded.anatomy.head_dim + 1)]] * loaded.anatomy.blocks
+        for entrant, _, cache in [*caches(loaded, asked.cache_keep, room), *mixed_caches(loaded, asked.cache_keep, room, alike)]:
             if entrant in (asked.entrants or SPEED):
                 plan = recipe(asked.model, kv_cache=cache, stages=[{"method": "lorc"}] if "rank" in cache else [])
                 decoders[entrant] = Decoder(compress(loaded, plan).model, None, room + asked.steps + 1)
