@@ -14,6 +14,7 @@ from bitpress.engine.fields import Keep, Rank, Strict, Whole
 from bitpress.engine.model.anatomy import Anatomy, Units
 from bitpress.engine.targets import chosen_blocks, matches
 
+NEURONS_IN = 8  # a width that this divides is fast to multiply by
 Place = Literal["max-gap", "input", "output", "middle", "both"]  # of blocks that go
 
 
@@ -101,12 +102,18 @@ class Structure(Strict):
         neurons = anatomy.ffn - len(set((self.remove_neurons or {}).get(block, ())))
         kv_heads = count_kept(len(groups), self.share_of("heads", anatomy, block)) if self.heads else len(groups)
         each = len(heads) if kv_heads == len(groups) else kv_heads * anatomy.group
-        return Units(each, kv_heads, count_kept(neurons, self.share_of("neurons", anatomy, block)) if self.neurons else neurons)
+        return Units(each, kv_heads, neurons_kept(neurons, self.share_of("neurons", anatomy, block)) if self.neurons else neurons)
 
 
 def count_kept(units: int, share: float) -> int:
     """How many of `units` a share keeps: at least one."""
     return max(1, round(share * units))
+
+
+def neurons_kept(neurons: int, share: float) -> int:
+    """How many neurons a share keeps: a multiple of 8 where all of them are one, for kernels and patterns such as 2:4 need widths that divide."""
+    count = count_kept(neurons, share)
+    return count if neurons % NEURONS_IN else max(NEURONS_IN, NEURONS_IN * round(count / NEURONS_IN))
 
 
 Problems = list[tuple[str, str, str]]  # (field, what is wrong, what would be right)

@@ -16,7 +16,7 @@ from bitpress.engine.errors import InputError
 from bitpress.engine.measure.logits import Scorer, answers_once, scorer_of, slices
 from bitpress.engine.methods.repair import inverse_root
 from bitpress.engine.model.anatomy import Anatomy, Part
-from bitpress.engine.model.surgery import get
+from bitpress.engine.model.surgery import get, linear_weight
 from bitpress.engine.scene import BATCH, LAYOUT, Scene
 
 Kind = Literal["heads", "neurons"]
@@ -267,6 +267,16 @@ def feature_moments(scene: Scene, keys: list[Key], skip_first: bool = False, wei
                 scorer.hidden(ids_BL)
     tokens = len(scene.ids_SL) * (scene.ids_SL.shape[1] - int(skip_first))
     return {key: Moments(total / tokens, squares / tokens) for key, (total, squares) in sums.items()}
+
+
+def sizes_in_stream(scene: Scene, keys: list[Key], skip_first: bool = True, student: Stream | None = None) -> dict[Key, Tensor]:
+    """Per feature: its mean square, over that of the residual stream token by token, times the mean square of its column of the last matrix."""
+    moments, anatomy = feature_moments(scene, keys, skip_first, True, student), scene.anatomy
+
+    def column_squares(key: Key) -> Tensor:
+        return linear_weight(get(scene.model, last_matrix(anatomy, key).name)).double().square().mean(0)
+
+    return {key: moments[key].square_F * column_squares(key) for key in keys}
 
 
 def _holder(held: dict[Key, Tensor], key: Key) -> Callable[..., None]:

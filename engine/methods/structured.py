@@ -22,7 +22,7 @@ from bitpress.engine.model.anatomy import Part
 from bitpress.engine.model.slicing import key_head_of
 from bitpress.engine.model.surgery import get, linear_weight, twin
 from bitpress.engine.scene import BATCH, Scene
-from bitpress.engine.structure import count_kept
+from bitpress.engine.structure import count_kept, neurons_kept
 from bitpress.engine.sublayers import KINDS, Caught, Key, Kind, Stream, last_matrix
 from bitpress.engine.token_weights import token_weights
 
@@ -311,16 +311,21 @@ class StructuredMethod(ShapeMethod):
     def choose(self, units: Units, scores: Scores, options: Any) -> Kept:
         """The units that stay."""
         if units.shares is not None:
-            counts = {key: count_kept(units.count(key), (units.shares[key.kind] or {}).get(key.block, 1.0)) for key in units.keys}
+            kept_of = {"heads": count_kept, "neurons": neurons_kept}
+            counts = {key: kept_of[key.kind](units.count(key), (units.shares[key.kind] or {}).get(key.block, 1.0)) for key in units.keys}
             return select_counts(units, scores, counts)
         if options.allocation == "uniform":
             return select_evenly(units, scores, budget_of(units, options.remove))
         return select(units, scores, budget_of(units, options.remove))
 
+    def decide(self, scene: Scene, units: Units, options: Any) -> Kept:
+        """Score and select."""
+        return self.choose(units, self.score(scene, units, options), options)
+
     def shape(self, scene: Scene, options: Any) -> None:
-        """Score, select, and remove with the repair that was asked for."""
+        """Decide, and remove with the repair that was asked for."""
         units = Units(scene, options)
-        kept = self.choose(units, self.score(scene, units, options), options)
+        kept = self.decide(scene, units, options)
         if options.repair == "none":
             units.cut(kept)
         else:

@@ -17,7 +17,7 @@ from torch import Tensor
 from bitpress.engine.measure.logits import scorer_of
 from bitpress.engine.methods.repair import Repairing
 from bitpress.engine.methods.structured import Scores, StructuredMethod, StructuredOptions, Units, budget_of, remove_bottom_up, select
-from bitpress.engine.model.surgery import get, linear_weight, twin
+from bitpress.engine.model.surgery import twin
 from bitpress.engine.scene import Scene
 from bitpress.engine.sublayers import (
     Caught,
@@ -26,11 +26,11 @@ from bitpress.engine.sublayers import (
     Stream,
     drawn_from,
     drawn_loss,
-    feature_moments,
     knowledge_loss,
     last_matrix,
     mask_gradients,
     predicting,
+    sizes_in_stream,
     task_loss,
 )
 
@@ -142,13 +142,8 @@ class Knowledge:
         return self.losses[number]
 
     def representational(self, keys: list[Key], student: Stream | None = None) -> dict[Key, Tensor]:
-        """Per feature: its mean square, over that of the residual stream token by token, times the mean square of its column of the last matrix."""
-        moments, anatomy = feature_moments(self.scene, keys, self.options.skip_first, True, student), self.scene.anatomy
-
-        def column_squares(key: Key) -> Tensor:
-            return linear_weight(get(self.scene.model, last_matrix(anatomy, key).name)).double().square().mean(0)
-
-        return {key: moments[key].square_F * column_squares(key) for key in keys}
+        """What each feature adds to its sublayer's output."""
+        return sizes_in_stream(self.scene, keys, self.options.skip_first, student)
 
 
 def shares(values: dict[Key, Tensor]) -> dict[Key, Tensor]:
