@@ -32,7 +32,7 @@ class MopeOptions(StructuredOptions):
         default="size", title="Neurons grouped by", description="What they add to the hidden states, so that a group's worth is that of each, or their place."
     )
     rescore: float = Field(
-        default=0.1, gt=0.0, le=1.0, title="Tried anew after", description="Share of the block linears' weights that goes between two trials of all that is left."
+        default=0.1, gt=0.0, le=1.0, title="Tried anew after", description="Share of the block linears' weights that goes between two trials of what is left."
     )
     sequences: int = Field(default=4, ge=1, le=256, title="Sequences", description="Sequences of the calibration text that every module is tried on.")
     drop: float = Field(default=0.0, ge=0.0, lt=1.0, title="Blocks dropped", description="Share of the blocks to drop as well; the ends always stay.")
