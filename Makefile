@@ -23,9 +23,10 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev chromium
 	$(BIN)/python -m bitpress.engine.bench
 
-# RIVALS: a folder with one virtual environment for each library to compare with; those that are absent are skipped and named.
+# RIVALS: a folder with one virtual environment for each library to compare with; those that are absent are skipped and named. It takes hours and
+# says how many first; ONLY names the benches to run, such as ONLY="depth-speed dual-encoder".
 bench-quality: $(VENV)/.dev
-	$(BIN)/python tests/bench/quality.py $(if $(RIVALS),--rivals $(RIVALS))
+	$(BIN)/python tests/bench/every.py $(if $(RIVALS),--rivals $(RIVALS)) $(if $(ONLY),--only $(ONLY))
 
 # Needs an NVIDIA GPU, and says so where there is none.
 bench-gpu: $(VENV)/.dev

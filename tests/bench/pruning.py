@@ -1,6 +1,6 @@
 """What pruning costs on SmolLM2-135M: zeros, structure and depth, each beside the dense model on the same windows, with 95% intervals.
 
-Run it as a program: `python tests/bench/pruning.py unstructured|structured|depth`. A table goes to stderr, rows as JSON to stdout.
+Run it as a program: `python tests/bench/pruning.py unstructured|structured|modules|depth`. A table goes to stderr, rows as JSON to stdout.
 `--rows FILE` keeps every row as it comes, and leaves out what the file already holds, so that a long table is made in several goes.
 `--llmcompressor PYTHON` names the interpreter of an environment that holds llm-compressor; without it its rows are left out and said to be.
 """
@@ -129,7 +129,7 @@ def rival(bench: Bench, python: str, method: str, pattern: str) -> None:
 
 def structured(bench: Bench, asked: argparse.Namespace) -> None:
     """Heads and neurons removed by each score, with its own repair, and K-pruning without its repair, or as the paper has it, and others with it."""
-    for remove in asked.remove:
+    for remove in asked.remove or (0.2, 0.4, 0.6):
         for name in asked.scores:
             bench.add(f"{name} -{remove:.0%}", staged(name, {"remove": remove, **({"measured": asked.measured} if name == "k-prune" else {})}))
         if "k-prune" in asked.scores:
@@ -137,6 +137,14 @@ def structured(bench: Bench, asked: argparse.Namespace) -> None:
                 bench.add(f"k-prune, repair {repair} -{remove:.0%}", staged("k-prune", {"remove": remove, "measured": asked.measured, "repair": repair}))
         for name in asked.refitted:
             bench.add(f"{name} refitted -{remove:.0%}", staged(name, {"remove": remove, "repair": "least_squares"}))
+
+
+def modules(bench: Bench, asked: argparse.Namespace) -> None:
+    """Module-wise error beside Taylor and magnitude, none of them repaired."""
+    own = {"mope": {"sequences": asked.tried_on, "rescore": asked.rescore}}
+    for remove in asked.remove or (0.1, 0.2, 0.3, 0.4):
+        for name in ("magnitude-structured", "llm-pruner", "mope"):
+            bench.add(f"{name} -{remove:.0%}", staged(name, {"remove": remove, **own.get(name, {})}))
 
 
 def staged(method: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +177,7 @@ def speed(bench: Bench, made: Compressed, bits: int) -> None:
     print(f"  {bits}-bit head: decode x{decode:.2f} of at most x{most:.2f}, prefill x{prefill:.2f} of at most x{work[0] / work[1]:.2f}", file=sys.stderr)
 
 
-PARTS = {"unstructured": unstructured, "structured": structured, "depth": depth}
+PARTS = {"unstructured": unstructured, "structured": structured, "modules": modules, "depth": depth}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measure what pruning costs.")
@@ -183,7 +191,9 @@ if __name__ == "__main__":
     parser.add_argument("--llmcompressor", help="interpreter of an environment that holds llm-compressor")
     parser.add_argument("--patterns", nargs="+", default=["unstructured", "2:4"])
     parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "sparsegpt", "wanda-refitted"])
-    parser.add_argument("--remove", type=float, nargs="+", default=[0.2, 0.4, 0.6])
+    parser.add_argument("--remove", type=float, nargs="+", help="shares removed; each part has its own without")
+    parser.add_argument("--tried-on", type=int, default=4, help="sequences that MoPE tries every module on")
+    parser.add_argument("--rescore", type=float, default=0.1, help="share that goes before MoPE tries what is left anew")
     parser.add_argument("--scores", nargs="+", default=SCORES)
     parser.add_argument("--ablations", nargs="*", default=["none", "catch_up"], help="repairs that K-pruning is also tried with")
     parser.add_argument("--refitted", nargs="*", default=["wanda-structured", "kwon"], help="scores that are also tried with K-pruning's repair")

@@ -1,4 +1,4 @@
-"""`make bench-quality`: what each quantisation method loses at each width, beside the libraries that made it popular. Knows recipes and runners.
+"""What each quantisation method loses at each width, beside the libraries that made it popular. Knows recipes and runners.
 
 Every method, ours or a rival's, gets the same calibration tokens and is measured on the same windows by the same code, so
 that differences are of methods. A rival runs in its own environment (`--rivals DIR`, one folder each, made by the user) and
