@@ -21,7 +21,7 @@ from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.model.load import Loaded
 from bitpress.engine.recipe import Recipe
 from bitpress.engine.scene import Scene, load_repaired, moved, reshape
-from bitpress.engine.structure import Structure
+from bitpress.engine.structure import Structure, ends_warning
 
 Emit = Callable[[str, dict[str, Any]], None]
 ShapeStages = list[tuple[ShapeMethod, MethodOptions, str]]  # method, options, targets
@@ -89,10 +89,7 @@ def summary(made: Recipe, anatomy: Anatomy) -> str:
 
 def tell_ends(recipe: Recipe, anatomy: Anatomy, emit: Emit) -> None:
     """Say so when the first or the last block goes, which only a recipe can name: no method takes them."""
-    ends = sorted({0, anatomy.blocks - 1} & set(recipe.dropped_blocks(anatomy)))
-    if ends:
-        words = " and ".join("the first block" if block == 0 else "the last block" for block in ends)
-        text = f"{words.capitalize()} of the model goes. Models mostly fail without it: take {' and '.join(map(str, ends))} out of `structure.drop_blocks`."
+    if text := ends_warning(recipe.dropped_blocks(anatomy), anatomy.blocks):
         emit("note", {"level": "warning", "text": text})
 
 

@@ -4,7 +4,7 @@ A structure names its parts by number (`drop_blocks`, `remove_heads`, `remove_ne
 that a stage turns into numbers. The first and the last block may be dropped by number, though no method does that.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -220,6 +220,14 @@ def then(first: Structure, second: Structure, anatomy: Anatomy) -> Structure:
     biases = [name for name in first.added_biases or () if anatomy.by_name[name].block not in both] or None
     made = Structure(drop_blocks=both, remove_heads=heads, remove_neurons=neurons or None, added_biases=biases)
     return made.model_copy(update={"share_blocks": first.share_blocks, "share_rank": first.share_rank})
+
+
+def ends_warning(gone: Iterable[int], blocks: int) -> str:
+    """What to know where the first or the last block goes, and the remedy; empty where neither does."""
+    ends = sorted({0, blocks - 1} & set(gone))
+    words = " and ".join("the first block" if block == 0 else "the last block" for block in ends)
+    out = " and ".join(map(str, ends))
+    return f"{words.capitalize()} of the model goes. Models mostly fail without it: take {out} out of `structure.drop_blocks`." if ends else ""
 
 
 def blocks_to_remove(blocks: int, share: float) -> int:

@@ -14,6 +14,7 @@ from bitpress.app.ui.numbers import THIN, amount, short_count
 from bitpress.engine.accounting import flops_per_token
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import Recipe
+from bitpress.engine.structure import ends_warning
 
 COLUMN, SQUARE, BAR, GAP = 30, 7, 56, 4  # pixels, where there are many blocks
 ROOM, LARGEST = 900, 2.5  # what a page has for a row of them, and how many times as large a few may be
@@ -113,6 +114,8 @@ def block_diagram(recipe: Recipe, anatomy: Anatomy, key: str = "block-diagram") 
     """Draw it, with its table. recipe: as a run has decided it where one has."""
     shapes = shapes_of(recipe, anatomy)
     st.html(drawing(shapes[:MOST_BLOCKS], anatomy.group))
+    if warning := ends_warning(recipe.dropped_blocks(anatomy), anatomy.blocks):
+        st.warning(f"{warning} On the map: click its number, and put it back.", icon=":material/warning:")
     undecided = " Which heads and neurons go is chosen by the run." if recipe.structure.shares else ""
     st.caption(f"Squares are heads, bars are neurons; dashed outlines are gone. {figures(recipe, anatomy)}{undecided}")
     with st.expander("As a table", key=f"{key}-twin"):

@@ -168,8 +168,9 @@ def _end(picture: Picture, overlay: str, part: Part, bits: int) -> Cell:
 def legend_of(picture: Picture, overlay: str) -> Legend:
     """The legend that belongs to `cells_of` of the same overlay."""
     structure = picture.recipe.structure
-    notes = ["smaller square: more zeros"] if any(line.sparsity for line in picture.recipe.schemes) else []
-    notes += ["smaller square: heads or neurons gone"] if structure.shares or structure.remove_heads or structure.remove_neurons else []
+    units = bool(structure.shares or structure.remove_heads or structure.remove_neurons)
+    smaller = [*(["more zeros"] if any(line.sparsity for line in picture.recipe.schemes) else []), *(["heads or neurons gone"] if units else [])]
+    notes = [f"smaller square: {', '.join(smaller)}"] if smaller else []
     notes += ["outline: removed"] if picture.recipe.structure.drop_blocks else []
     notes += [f"blocks {' and '.join(map(str, group))} share their matrices" for group in structure.share_blocks]
     notes += ["faint: not done yet"] if picture.done is not None else []

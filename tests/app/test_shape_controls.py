@@ -13,6 +13,7 @@ from bitpress.engine.accounting import flops_per_token
 from bitpress.engine.errors import InputError
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import Recipe
+from bitpress.engine.structure import ends_warning, neurons_kept
 
 
 def plain(**fields: object) -> Recipe:
@@ -79,3 +80,17 @@ def test_sliders_edit_the_recipe_and_the_picture_follows(app_home: Path, app_roo
     assert len(recipe.dropped_blocks(anatomy)) == 2
     assert not app.exception
     assert any("dashed outlines are gone" in caption.value for caption in app.caption)
+
+
+def test_the_ends_of_the_model_are_missed(anatomy: Anatomy) -> None:
+    assert ends_warning([1], anatomy.blocks) == ""
+    assert ends_warning([0, 2], anatomy.blocks).startswith("The first block of the model goes.")
+    both = ends_warning([0, anatomy.blocks - 1], anatomy.blocks)
+    assert f"take 0 and {anatomy.blocks - 1} out of" in both
+
+
+def test_shares_of_neurons_stay_widths_that_patterns_divide(anatomy: Anatomy) -> None:
+    assert [neurons_kept(512, share) for share in (0.7, 0.5, 0.001, 1.0)] == [360, 256, 8, 512]
+    assert neurons_kept(171, 0.5) == round(171 / 2)
+    narrow = edits.set_units(plain(), anatomy, "neurons", range(anatomy.blocks), 0.7)
+    assert not edits.set_sparsity(narrow, "*", anatomy, 0.5, "2:4").validate_for(anatomy)
