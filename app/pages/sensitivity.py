@@ -20,6 +20,7 @@ from bitpress.engine.recipe import BITS
 from bitpress.engine.runs import jobs
 from bitpress.engine.runs.status import Status
 from bitpress.engine.runs.store import Store
+from bitpress.engine.sensitivity_file import OPTIONS, QUICK_KINDS
 
 MAP = "sensitivity-map"
 TABLE = "sensitivity-table"
@@ -104,7 +105,7 @@ def engine_box(anatomy: Anatomy, measured: Measured | None, run_id: str | None, 
         "Measure again" if again else "Measure", key="measure", type="secondary" if again else "primary", shortcut="Ctrl+Enter",
         icon=":material/thermostat:", width="stretch", on_click=told(partial(submit, anatomy.model, again)),
     )  # fmt: skip
-    st.caption(f"{len(anatomy.linears)} matrices × 6 options × 3 scores, about {duration(max(1.0, seconds))}")
+    st.caption(f"{len(anatomy.linears)} matrices × {len(OPTIONS)} options × {len(QUICK_KINDS)} scores, about {duration(max(1.0, seconds))}")
 
 
 def submit(model: str, again: bool) -> None:

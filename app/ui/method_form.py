@@ -8,12 +8,13 @@ from typing import Any
 
 import streamlit as st
 
-from bitpress.app import edits, state
+from bitpress.app import edits, readings, state
 from bitpress.app.ui.controls import try_edit
 from bitpress.engine.methods.catalogue import kinds
 from bitpress.engine.recipe import Stage
 
 Schema = Mapping[str, Any]
+POLL_SECONDS = 0.5
 VERBS = {"lowrank": "factor", "structure": "remove parts", "ratios": "share out zeros"}  # of kinds whose name is no verb
 
 
@@ -21,7 +22,7 @@ def method_form(catalogue: Mapping[str, Any] | None) -> None:
     """For each stage of the recipe: which method of its family, and that method's options."""
     stages = state.session().recipe.stages
     if catalogue is None:
-        st.caption(" then ".join(stage.method for stage in stages) or "Nothing to do: every layer stays dense.")
+        st.fragment(_awaited, run_every=POLL_SECONDS)()
         return
     entries = {entry["id"]: entry for entry in catalogue["methods"]}
     for number, stage in enumerate(stages):
@@ -30,6 +31,13 @@ def method_form(catalogue: Mapping[str, Any] | None) -> None:
     if not stages:
         st.caption("Nothing to do: every layer stays dense.")
     _preparing(stages, entries)
+
+
+def _awaited() -> None:
+    """Stands in until a worker has written what the methods say of themselves."""
+    if readings.catalogue() is not None:
+        st.rerun()
+    st.caption("The methods are being described: it takes some seconds, once after an update.")
 
 
 def _preparing(stages: Sequence[Stage], entries: Mapping[str, Any]) -> None:

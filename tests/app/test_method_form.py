@@ -27,3 +27,14 @@ def test_every_method_that_gives_bits_is_offered_in_place_of_another(app_home: P
         app.selectbox(key="method-0").set_value(chosen).run()
         assert not app.exception
         assert [stage.method for stage in app.session_state["bitpress-session"].recipe.stages] == [chosen]
+
+
+def test_until_the_methods_are_described_a_sentence_stands_in(app_home: Path, app_root: Path) -> None:
+    from bitpress.engine.methods import registry
+
+    app = AppTest.from_file(app_root / "pages" / "explore.py", default_timeout=60).run()
+    assert any("being described" in caption.value for caption in app.sidebar.caption)
+    registry.write_catalogue()
+    app.run()
+    assert not any("being described" in caption.value for caption in app.sidebar.caption)
+    assert app.selectbox(key="method-0").value == "rtn"

@@ -168,7 +168,7 @@ def test_typical_range_of_a_group_is_the_median_of_its_largest() -> None:
 def test_before_measuring_the_page_says_what_to_press_and_how_long_it_takes(app_root: Path, app_home: Path) -> None:
     app = open_page(app_root)
     assert "Press Measure" in said(app)
-    assert "42 matrices × 6 options × 3 scores, about" in said(app)
+    assert "42 matrices × 6 options × 4 scores, about" in said(app)
     assert button(app, "measure").label == "Measure"
 
 
