@@ -10,6 +10,8 @@ from torch import Tensor
 
 from bitpress.kernels import cpu_build
 
+CHANNELS = 256  # of a head, at most
+
 
 def attends(*sides_BHTC: Tensor) -> bool:
     """Whether `attend_back` is there for these queries, keys and values: bfloat16 on a CPU, as many queries as keys, no gradient asked for."""
@@ -19,8 +21,8 @@ def attends(*sides_BHTC: Tensor) -> bool:
     if torch.is_grad_enabled() and any(part.requires_grad for part in sides_BHTC):
         return False
     same = query.shape[2] == key.shape[2] == value.shape[2] and query.shape[-1] == key.shape[-1] and query.shape[1] % key.shape[1] == 0
-    words = query.shape[-1] % 2 == 0 and query.data_ptr() % 4 == 0 and all(step % 2 == 0 for step in query.stride()[:-1])  # queries are read in pairs
-    return same and words and cpu_build.panels(query.shape[2], query.dtype)
+    pairs = query.shape[-1] % 2 == 0 and query.data_ptr() % 4 == 0 and all(step % 2 == 0 for step in query.stride()[:-1])  # as queries are read
+    return same and pairs and query.shape[-1] <= CHANNELS and cpu_build.panels(query.shape[2], query.dtype)
 
 
 def attend_back(query_BHTC: Tensor, key_BGTC: Tensor, value_BGTC: Tensor, scale: float) -> Tensor:

@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int QUERIES = 24, KEYS = 256;
+constexpr int QUERIES = 24, KEYS = 256, WORDS = 128;  // WORDS: pairs of channels a query may have
 
 // Where the channels of (sequence, head, position) begin in one of the inputs.
 struct Side {
@@ -76,7 +76,7 @@ template <class Word> void all_rows(const uint32_t *panel, int pairs, int rows, 
 struct Block {
     int b, h, first, rows;
     float scores[QUERIES * KEYS], top[QUERIES], total[QUERIES];
-    uint32_t shares[QUERIES * KEYS / 2];
+    uint32_t shares[QUERIES * KEYS / 2], queries[QUERIES * WORDS];  // rows at fixed distances are met without address arithmetic
     std::vector<float> mixed, piece;  // (rows, wide), (rows, PANEL)
 };
 
@@ -100,7 +100,7 @@ void share_out(const Attention &a, Block &block, int m, int seen, int count) {
 }
 
 void meet(const Attention &a, Block &block, int start, int count, const uint32_t *keys, const uint32_t *values) {
-    const auto query = [&](int m, int c) { return reinterpret_cast<const uint32_t *>(a.q.at(block.b, block.h, block.first + m))[c]; };
+    const auto query = [&](int m, int c) { return block.queries[m * WORDS + c]; };
     for (int n = 0; n < count; n += PANEL)
         all_rows(keys + size_t(start + n) * a.channels / 2, a.channels / 2, block.rows, KEYS, query, block.scores + n);
     for (int m = 0; m < block.rows; m++) share_out(a, block, m, std::min(count, block.first + m + 1 - start), count);
@@ -115,6 +115,7 @@ void meet(const Attention &a, Block &block, int start, int count, const uint32_t
 void attend(const Attention &a, Block &block, const uint32_t *keys, const uint32_t *values) {
     std::fill_n(block.top, QUERIES, -INFINITY), std::fill_n(block.total, QUERIES, 0.0f);
     block.mixed.assign(size_t(QUERIES) * a.wide(), 0.0f), block.piece.resize(QUERIES * PANEL);
+    for (int m = 0; m < block.rows; m++) std::memcpy(block.queries + m * WORDS, a.q.at(block.b, block.h, block.first + m), 2 * size_t(a.channels));
     const int end = block.first + block.rows;
     for (int start = 0; start < end; start += KEYS) meet(a, block, start, rounded_up(std::min(KEYS, end - start), PANEL), keys, values);
     for (int m = 0; m < block.rows; m++) {

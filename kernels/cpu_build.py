@@ -132,6 +132,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.bitpress_attend_one.argtypes = [*[address] * 5, *[number] * 5, real, number]
     lib.bitpress_attend_cache.argtypes, lib.bitpress_attend_cache.restype = [*[address] * 7, *[number] * 3, real, number], None
     lib.bitpress_compare.argtypes, lib.bitpress_compare.restype = [address, address, *[number] * 3, address, address, number], None
+    lib.bitpress_turn_rounded.argtypes, lib.bitpress_turn_rounded.restype = [*[address] * 4, *[number] * 5], None
     lib.bitpress_gated_silu.argtypes = [*[address] * 3, number, number, ctypes.c_int64, number, number]
     lib.bitpress_round_groups.argtypes, lib.bitpress_round_groups.restype = [address, *[number] * 4, *[address] * 3, number], None
     lib.bitpress_widen_codes.argtypes, lib.bitpress_widen_codes.restype = [*[address] * 3, *[number] * 3, address, number], None

@@ -14,6 +14,15 @@ template <class Each> void rows_shared(int rows, int width, int threads, const E
     for (int m = 0; m < rows; m++) each(m);
 }
 
+// x * cos + sign * other * sin, all three operations rounded.
+void turned_half(const uint16_t *x, const uint16_t *other, float sign, const uint16_t *cos, const uint16_t *sin, int count, uint16_t *y) {
+#pragma omp simd
+    for (int c = 0; c < count; c++) {
+        const float one = from_bf16(to_bf16(from_bf16(x[c]) * from_bf16(cos[c]))), two = from_bf16(to_bf16(sign * from_bf16(other[c]) * from_bf16(sin[c])));
+        y[c] = to_bf16(one + two);
+    }
+}
+
 // One head's channels turned, rounded.
 void turned_to(const uint16_t *x, const float *cos, const float *sin, int channels, float *turned, uint16_t *to) {
     turn(x, cos, sin, channels, turned);
@@ -44,6 +53,20 @@ void bitpress_attend_one(const uint16_t *qkv, const float *cos, const float *sin
 void bitpress_gated_silu(const uint16_t *gate, const uint16_t *up, uint16_t *y, int rows, int width, int64_t apart, int rounded, int threads) {
     const auto gated = rounded ? step::gated_silu<true> : step::gated_silu<false>;
     rows_shared(rows, width, threads, [&](int m) { gated(gate + m * apart, up + m * apart, y + size_t(m) * width, width); });
+}
+
+// y = x turned, each product and sum rounded, as transformers turns the heads of many positions. x, y: (rows, heads, channels); cos, sin:
+// bfloat16 (length, channels), those of row m being at m % length.
+void bitpress_turn_rounded(const uint16_t *x, const uint16_t *cos, const uint16_t *sin, uint16_t *y, int rows, int length, int heads, int channels, int threads) {
+    const int half = channels / 2;
+    rows_shared(rows, heads * channels, threads, [&](int m) {
+        const uint16_t *cosine = cos + size_t(m % length) * channels, *sine = sin + size_t(m % length) * channels;
+        for (size_t h = size_t(m) * heads; h < size_t(m + 1) * heads; h++) {
+            const uint16_t *low = x + h * channels, *high = low + half;
+            turned_half(low, high, -1.0f, cosine, sine, half, y + h * channels);
+            turned_half(high, low, 1.0f, cosine + half, sine + half, half, y + h * channels + half);
+        }
+    });
 }
 
 // Turn q of `rows` positions in place and write their turned keys, and their values, to a cache: heads `apart` from each other, keys

@@ -60,6 +60,17 @@ def turn_rows(qkv_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, new: Tensor, head
     return qkv_THC[:, :heads]
 
 
+def turn_rounded(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    """Heads of many positions turned, [B, T, H, C]: x * cos + rotated half * sin, every product and sum rounded as in transformers' operations.
+
+    All bfloat16, contiguous; cos and sin are those of transformers, nothing negated.
+    """
+    out, (batch, length, heads, channels) = torch.empty_like(x_BTHC), x_BTHC.shape
+    places = x_BTHC.data_ptr(), cos_TC.data_ptr(), sin_TC.data_ptr(), out.data_ptr()
+    _library().bitpress_turn_rounded(*places, batch * length, length, heads, channels, torch.get_num_threads())
+    return out
+
+
 def gated_silu(gate_MF: Tensor, up_MF: Tensor, rounded: bool = False) -> Tensor:
     """silu(gate) * up, contiguous, for bfloat16 [..., F] of one shape: contiguous, or two halves of the rows of one [M, 2 F].
 

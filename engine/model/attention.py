@@ -24,7 +24,7 @@ def use_own(model: nn.Module) -> None:
         config._attn_implementation = NAME
 
 
-def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any) -> tuple[Tensor, None]:
+def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any) -> tuple[Tensor, None]:
     """As `sdpa_attention_forward`: query [B, H, T, C], key and value [B, G, T, C]; returns [B, T, H, C]."""
     told = more.get("is_causal")
     causal = mask is None and (told if told is not None else getattr(module, "is_causal", True))
@@ -34,5 +34,5 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Ten
     return attend_back(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)

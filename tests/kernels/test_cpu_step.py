@@ -75,6 +75,14 @@ def test_turn_of_many_positions(rows: int, heads: int, kv_heads: int, channels: 
     assert cache[:, :2].count_nonzero() == cache[:, -1].count_nonzero() == 0
 
 
+@pytest.mark.parametrize(("batch", "length", "heads", "channels"), [(1, 1, 1, 8), (2, 33, 9, 64), (3, 70, 2, 20)])
+def test_turn_as_transformers_rounds_it(batch: int, length: int, heads: int, channels: int) -> None:
+    x = torch.randn(batch, length, heads, channels).bfloat16()
+    cos, sin = torch.randn(length, channels).bfloat16(), torch.randn(length, channels).bfloat16()
+    low, high = x.chunk(2, -1)
+    assert torch.equal(cpu_step.turn_rounded(x, cos, sin), x * cos[:, None] + torch.cat((-high, low), -1) * sin[:, None])
+
+
 def turned(x_HC: Tensor, cos_C: Tensor, sin_C: Tensor) -> Tensor:
     return x_HC * cos_C + x_HC.roll(x_HC.shape[-1] // 2, -1) * sin_C
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitpress.engine.model import between, surgery
+from bitpress.engine.model import attention, between, surgery
 from bitpress.kernels import cpu_step
 
 IDS = torch.randint(2, 300, (3, 64), generator=torch.Generator().manual_seed(0))
@@ -37,21 +37,22 @@ class GeluGate(nn.Module):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("family", "each"), [("llama", 2), ("mistral", 2), ("qwen2", 2), ("qwen3", 4), ("gpt2", 0)])
-def test_logits_are_those_of_torch_to_rounding(tiny_models, family, each, monkeypatch):
+@pytest.mark.parametrize(("family", "each", "turns"), [("llama", 2, 2), ("mistral", 2, 2), ("qwen2", 2, 2), ("qwen3", 4, 0), ("gpt2", 0, 0)])
+def test_logits_are_those_of_torch_to_rounding(tiny_models, family, each, turns, monkeypatch):
     model = tiny_models(family).to(torch.bfloat16)
-    calls = {"rms_norm": 0, "gated_silu": 0}
+    attention.use_own(model)
+    calls = {"rms_norm": 0, "gated_silu": 0, "turn_rounded": 0}
     for name in calls:
         plain = getattr(cpu_step, name)
         monkeypatch.setattr(cpu_step, name, lambda *args, name=name, plain=plain, **more: calls.update({name: calls[name] + 1}) or plain(*args, **more))
     with torch.no_grad():
-        before = model(input_ids=IDS).logits.float()
+        before = model(input_ids=IDS, use_cache=False).logits.float()
         between.use_own(model)
-        calls.update(rms_norm=0, gated_silu=0)
-        after = model(input_ids=IDS).logits.float()
+        calls.update(rms_norm=0, gated_silu=0, turn_rounded=0)
+        after = model(input_ids=IDS, use_cache=False).logits.float()
         exact = copy.deepcopy(model).float()(input_ids=IDS).logits
     blocks = model.config.num_hidden_layers
-    assert calls == {"rms_norm": each * blocks + (each > 0), "gated_silu": blocks * (each > 0)}
+    assert calls == {"rms_norm": each * blocks + (each > 0), "gated_silu": blocks * (each > 0), "turn_rounded": turns * blocks}
     assert (after - exact).norm() <= 1.1 * (before - exact).norm()
 
 
@@ -93,3 +94,38 @@ def test_nothing_happens_without_kernels(tiny_models, monkeypatch):
     model = tiny_models("llama")
     between.use_own(model)
     assert not any(isinstance(module, between.OwnNorm | between.OwnGate) for module in model.modules())
+
+
+@needs_kernels
+@pytest.mark.parametrize("length", [3, 40])
+def test_padding_and_a_cache_go_the_old_way_and_short_texts_are_the_same(tiny_models, length, monkeypatch):
+    model = tiny_models("llama").to(torch.bfloat16)
+    attention.use_own(model)
+    ids = IDS[:, :length]
+    padded = torch.ones_like(ids)
+    padded[0, :2] = 0
+    with torch.no_grad():
+        wanted = [model(input_ids=ids, use_cache=False).logits, model(input_ids=ids, attention_mask=padded).logits, model(input_ids=ids, use_cache=True).logits]
+        between.use_own(model)
+        found = [model(input_ids=ids, use_cache=False).logits]
+        monkeypatch.setattr(cpu_step, "turn_rounded", lambda *_: pytest.fail("the short way knows neither padding nor a cache"))
+        found += [model(input_ids=ids, attention_mask=padded).logits, model(input_ids=ids, use_cache=True).logits]
+    for one, two in zip(found, wanted, strict=True):
+        assert ((one - two).float().norm() / two.float().norm()) < 0.02
+
+
+@needs_kernels
+def test_heads_that_were_removed_unevenly_go_the_old_way(tiny_models):
+    model = tiny_models("llama").to(torch.bfloat16)
+    attention.use_own(model)
+    between.use_own(model)
+    own = model.model.layers[0].self_attn
+    assert isinstance(own, between.OwnAttention)
+    x = torch.zeros(1, 4, own.q_proj.in_features, dtype=torch.bfloat16)
+    tables = (torch.zeros(1, 4, own.head_dim, dtype=torch.bfloat16),) * 2
+    with torch.no_grad():
+        assert between._turns(own, x, tables)
+        assert not between._turns(own, x.float(), tables)
+        assert not between._turns(own, x, None)
+        own.register_buffer("key_head_of", torch.tensor([0, 0]))
+        assert not between._turns(own, x, tables)
