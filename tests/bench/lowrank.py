@@ -1,9 +1,10 @@
 """Low rank and the KV cache side by side: perplexity at equal size, the search for ranks against chance, cache bytes and decode time.
 
-Four tables, of which `--tables` names some. `weights`: a share of the block linears' parameters removed by every method. `search`: Bayesian
+Five tables, of which `--tables` names some. `weights`: a share of the block linears' parameters removed by every method. `search`: Bayesian
 optimisation and random draws of the same number of evaluations, over seeds. `cache`: dense, latent, coded and forgetful caches, all
-measured through the cache itself. `steps`: milliseconds of a decode step behind a long context, all caches in turn. Ratios are paired
-over the same windows with their 95% interval. Rows of JSON go to stdout, tables to stderr:
+measured through the cache itself. `steps`: milliseconds of a decode step behind a long context, all caches in turn. `sharing`: codebooks
+and products beside a rounded matrix next to plain rounding at about the same bits, blocks that share next to blocks that go. Ratios are
+paired over the same windows with their 95% interval. Rows of JSON go to stdout, tables to stderr:
 
     python tests/bench/lowrank.py --model stories-15m --tables weights cache --removed 0.1 0.2 0.3
 """
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bitpress.engine.accounting import cache_bytes, removed_share, side_bytes
+from bitpress.engine.accounting import cache_bytes, removed_share, side_bytes, size_of
 from bitpress.engine.cache_bench import step_times
 from bitpress.engine.calibration_set import CalibrationSet, calibration_set
 from bitpress.engine.compress import compress
@@ -30,6 +31,7 @@ from bitpress.engine.measure.measure import windows_for
 from bitpress.engine.measure.perplexity import measure_pair, perplexity
 from bitpress.engine.mixing import value_losses
 from bitpress.engine.model import library, surgery
+from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.model.load import Loaded, load
 from bitpress.engine.rank_search import HELD_OUT, OBJECTIVE_LENGTH, SPANS, Objective, Space, Trial, objective_on, search, search_ranks
 from bitpress.engine.recipe import CacheSide, Calibration, KVCache, Measure, Recipe
@@ -39,6 +41,7 @@ COLUMNS = {
     "weights": ("removed", "entrant", "kept", "perplexity", "ratio", "low", "high", "kl", "seconds"),
     "search": ("removed", "kind", "seed", "bo", "random", "first", "even", "seconds", "cpu_s", "setup_cpu_s"),
     "cache": ("entrant", "bytes_per_token", "share", "ratio", "low", "high", "kl"),
+    "sharing": ("entrant", "bits_linears", "kept", "perplexity", "ratio", "low", "high", "kl", "seconds"),
     "steps": ("entrant", "context", "cache_bytes", "share", "step_ms", "p10_ms", "tokens_per_s", "faster"),
 }
 LATENT = ("latent, SVD, progressive (LoRC)", "latent, SVD, each head", "latent, whitened, values only", "whitened latent and KIVI 4 bit")
@@ -133,6 +136,47 @@ def searched(objective: Objective, row: dict[str, Any], asked: argparse.Namespac
     return {"bo": best(wise), **chance, "first": wise[0].objective, "even": wise[1].objective, **times}
 
 
+# Sharing ---------------------------------------------------------------------------------------------------------
+
+
+def shared(anatomy: Anatomy) -> list[tuple[str, dict[str, Any]]]:
+    """(entrant, fields of a recipe): what shares next to what does not."""
+
+    def rounded(method: str, weights: dict[str, Any], **rank: Any) -> dict[str, Any]:
+        return {"schemes": [{"match": "*", "weights": weights, **({"rank": {**rank, "beside": True}} if rank else {})}], "stages": [{"method": method}]}
+
+    def together(pairs: int, rank: int) -> dict[str, Any]:
+        return {"structure": {"share_rank": rank or None}, "stages": [{"method": "block-sharing", "options": {"pairs": pairs}}]}
+
+    pairs = max(1, anatomy.blocks // 10)
+    middle = anatomy.blocks // 2
+    return [
+        *((f"rtn 4 bit, {name}", rounded("rtn", {"bits": 4, "group_size": size})) for name, size in (("group 64", 64), ("row", 0))),
+        ("nf4, row", rounded("nf4", {"bits": 4, "group_size": 0, "format": "nf4"})),
+        *((f"codebook, {name}", rounded("codebook", {"bits": 4, "group_size": size, "format": "codebook"})) for name, size in (("group 64", 64), ("row", 0))),
+        *((f"rtn 3 bit, group {size}", rounded("rtn", {"bits": 3, "group_size": size})) for size in (64, 32, 16)),
+        (
+            "lqer 3 bit, group 64, rank 16 at 8 bit",
+            rounded("lqer", {"bits": 3, "group_size": 64}, rank=16, factors={"bits": 8, "group_size": 0, "symmetric": True}),
+        ),
+        *((f"{pairs} pairs of blocks share, rank {rank}", together(pairs, rank)) for rank in (0, 32)),
+        (f"{pairs} blocks of the middle go", {"structure": {"drop_blocks": list(range(middle, middle + pairs))}}),
+    ]
+
+
+def sharing_rows(loaded: Loaded, ids_NT: torch.Tensor, tokens: CalibrationSet, asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every entrant, with the bits that a weight of the block linears takes, and the share of their parameters that is held."""
+    for entrant, fields in shared(loaded.anatomy):
+        if asked.entrants and entrant not in asked.entrants:
+            continue
+        began = time.perf_counter()
+        made = compress(loaded, recipe(asked.model, **fields), calibration=tokens)
+        size, seconds = size_of(made.recipe, loaded.anatomy), time.perf_counter() - began
+        bits = 8 * size.linear_bytes / loaded.anatomy.linear_params
+        yield {"entrant": entrant, "bits_linears": bits, "kept": size.linear_params / loaded.anatomy.linear_params, "seconds": seconds,
+               **quality(loaded, made.model, ids_NT)}  # fmt: skip
+
+
 # Cache -----------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +251,7 @@ def step_rows(loaded: Loaded, asked: argparse.Namespace) -> Iterator[dict[str, A
     for context in asked.context:
         room = min(context, loaded.anatomy.context - asked.steps - 1) if loaded.anatomy.context else context
         decoders = {"dense": Decoder(loaded.model, None, room + asked.steps + 1)}
-        alike = [[1 - number / loaded.anatomy.head_dim for number in range(loaded.anatomy.head_dim + 1)]] * loaded.anatomy.blocks
+        alike = [[(1 - number / loaded.anatomy.head_dim) ** 2 for number in range(loaded.anatomy.head_dim + 1)]] * loaded.anatomy.blocks
         for entrant, _, cache in [*caches(loaded, asked.cache_keep, room), *mixed_caches(loaded, asked.cache_keep, room, alike)]:
             if entrant in (asked.entrants or SPEED):
                 plan = recipe(asked.model, kv_cache=cache, stages=[{"method": "lorc"}] if "rank" in cache else [])
@@ -270,6 +314,7 @@ def main() -> None:
         "weights": lambda: weight_rows(loaded, ids_NT, tokens, text_SL, asked),
         "search": lambda: search_rows(loaded, tokens, text_SL, asked),
         "cache": lambda: cache_rows(loaded, ids_NT, tokens, asked),
+        "sharing": lambda: sharing_rows(loaded, ids_NT, tokens, asked),
         "steps": lambda: step_rows(loaded, asked),
     }
     for kind in asked.tables:
