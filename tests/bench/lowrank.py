@@ -148,8 +148,7 @@ def shared(anatomy: Anatomy) -> list[tuple[str, dict[str, Any]]]:
     def together(pairs: int, rank: int) -> dict[str, Any]:
         return {"structure": {"share_rank": rank or None}, "stages": [{"method": "block-sharing", "options": {"pairs": pairs}}]}
 
-    pairs = max(1, anatomy.blocks // 10)
-    middle = anatomy.blocks // 2
+    pairs, middle, rows = max(1, anatomy.blocks // 10), anatomy.blocks // 2, {"bits": 8, "group_size": 0, "symmetric": True}
     return [
         *((f"rtn 4 bit, {name}", rounded("rtn", {"bits": 4, "group_size": size})) for name, size in (("group 64", 64), ("row", 0))),
         ("nf4, row", rounded("nf4", {"bits": 4, "group_size": 0, "format": "nf4"})),
