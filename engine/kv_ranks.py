@@ -15,6 +15,7 @@ from bitpress.engine.errors import InputError
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.recipe import CacheRank, KVCache
 
+LOSSES = "value_losses.json"  # of the folder `stats/`
 FLOOR = 1e-6  # smallest singular value, as a share of the largest, that is believed
 
 
@@ -55,6 +56,22 @@ def spread_ranks(lost: Sequence[Sequence[float]], keep: float, runs: int) -> tup
     for _, number in gains[:budget]:
         found[number] += 1
     return tuple(runs * rank for rank in found)
+
+
+def keep_losses(stats: Path, lost: Sequence[Sequence[float]]) -> None:
+    """Write down what `spread_ranks` reads, beside a model's spectra."""
+    partial = stats / f"{LOSSES}.partial"
+    partial.write_text(json.dumps({"v": 1, "lost": lost}), encoding="utf8")
+    partial.replace(stats / LOSSES)
+
+
+def kept_losses(stats: Path, anatomy: Anatomy) -> list[list[float]] | None:
+    """What was written down of this model; None where nothing was, or something of other shapes."""
+    try:
+        found = json.loads((stats / LOSSES).read_text(encoding="utf8"))["lost"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if [len(block) for block in found] == [anatomy.head_dim + 1] * anatomy.blocks else None
 
 
 def measured_conditions(anatomy: Anatomy, stats: Path) -> list[float]:

@@ -97,7 +97,7 @@ class Making:
         requests = {job.place: set(job.needs - BEHIND) for job in inside if job.needs}
         readers = mixing.readers({job.place for job in inside if job.needs & BEHIND}, self.shaped.anatomy)
         for reader in readers.values():
-            requests.setdefault(reader.name, set()).add("gram")
+            requests.setdefault(reader.name, set()).add("loss_gram")
         blocks: dict[int, list[LayerJob]] = {}
         for job in inside:
             blocks.setdefault(self.shaped.anatomy.by_name[job.place].block or 0, []).append(job)

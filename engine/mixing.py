@@ -3,7 +3,8 @@
 A value head v of C channels reaches the residual stream as W_h (sum_t a_t v_t) through every query head h that looks at it. An error E v
 in it costs sum_h E ||W_h E z_h||^2, z_h being what head h mixes: tr(T E M E^T), were T = sum_h W_h^T W_h and M = sum_h E[z_h z_h^T] of one
 head each, and near that where heads are alike. Mixing averages what differs from token to token, so M is far from the moment of the
-values themselves. Shape letters: G heads of values, C channels of a head, H query heads, D hidden width.
+values themselves. Tokens count by what an error at them does to the predictions (engine.token_weights): the first of a text has huge mixes
+that nothing depends on. Shape letters: G heads of values, C channels of a head, H query heads, D hidden width.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,6 +20,7 @@ from bitpress.engine.methods.lowrank.pipeline import energies
 from bitpress.engine.model import surgery
 from bitpress.engine.model.anatomy import Anatomy, Part
 from bitpress.engine.model.load import Loaded
+from bitpress.engine.token_weights import levelled, token_squares
 
 
 class Mixed(NamedTuple):
@@ -45,8 +47,8 @@ def with_mixed(stats: Mapping[str, Statistics], reader_of: Mapping[str, Part], m
     """The statistics of a block with those of its values, for which the output matrix's inputs were heard."""
     found = dict(stats)
     for place, reader in reader_of.items():
-        if "gram" in stats.get(reader.name, {}):
-            made = mixed_of(model, anatomy, reader, stats[reader.name]["gram"])
+        if "loss_gram" in stats.get(reader.name, {}):
+            made = mixed_of(model, anatomy, reader, stats[reader.name]["loss_gram"])
             found[place] = {**stats.get(place, {}), "mixed": made.mixed_GCC, "taken": made.taken_GCC}
     return found
 
@@ -67,18 +69,18 @@ def mixed_of(model: nn.Module, anatomy: Anatomy, reader: Part, gram_KK: Tensor) 
 
 
 def value_losses(loaded: Loaded, ids_SL: Tensor) -> list[list[float]]:
-    """For every block, the share of the attention output's energy that is lost when each value head keeps 0, 1, .. C numbers a token."""
+    """For every block, what the predictions lose, up to a factor that all blocks share, when each value head keeps 0, 1, .. C numbers a token."""
     anatomy, found = loaded.anatomy, []
     outputs = [part for part in anatomy.linears if part.role == "o"]
+    squares = token_squares(loaded.model, anatomy, ids_SL, [part.name for part in outputs])
 
     def keep(block: int, stats: Mapping[str, Statistics]) -> None:
         part = outputs[block]
-        gram_KK, weight_DK = stats[part.name]["gram"], surgery.linear_weight(surgery.get(loaded.model, part.name)).detach().double()
-        moments = mixed_of(loaded.model, anatomy, part, gram_KK)
+        moments, units = mixed_of(loaded.model, anatomy, part, stats[part.name]["loss_gram"]), anatomy.units_of(block)
         carried_GC = torch.stack([energies(mixed_CC, taken_CC)[2].square() for mixed_CC, taken_CC in zip(*moments, strict=True)])
-        units, whole = anatomy.units_of(block), float(((weight_DK @ gram_KK) * weight_DK).sum())
-        tails_C = carried_GC.sum(0).flip(0).cumsum(0).flip(0) / whole * units.kv_heads / units.heads  # M and T sum over the heads of a group
-        found.append([*tails_C.tolist(), 0.0])
+        scale = float(squares[part.name].mean()) * units.kv_heads / units.heads  # M and T sum over the heads of a group
+        found.append([*(scale * carried_GC.sum(0).flip(0).cumsum(0).flip(0)).tolist(), 0.0])
 
-    walk(loaded.model, anatomy, ids_SL, {part.name: {"gram"} for part in outputs}, keep, sequential=False)
+    weights = {name: levelled(squares_SL) for name, squares_SL in squares.items()}
+    walk(loaded.model, anatomy, ids_SL, {part.name: {"loss_gram"} for part in outputs}, keep, sequential=False, weights=weights)
     return found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bitpress.engine.calibrate import computing_in
 from bitpress.engine.errors import Cancelled
-from bitpress.engine.measure.logits import scorer_of, slices
+from bitpress.engine.measure.logits import plain_scorer, slices
 from bitpress.engine.model.load import compute_dtype
 
 WINDOW = 16  # positions whose products are added before they are squared
@@ -40,7 +40,7 @@ def listen(
     generator = torch.Generator(ids_SL.device).manual_seed(seed)
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(computing_in(model.parameters(), dtype))
-        scorer = scorer_of(model)
+        scorer = plain_scorer(model)
         stack.callback(embedding.register_forward_hook(lambda _, __, rows: rows.detach().requires_grad_()).remove)
         for name, module in modules.items():
             stack.callback(module.register_forward_hook(_hearing(name, on_output, should_stop)).remove)

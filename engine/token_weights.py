@@ -26,6 +26,13 @@ def token_weights(
 
     ids_SL: int64 [S, L]. One forward and one backward of the whole model for all of the text. Raises Cancelled when told to stop.
     """
+    return {name: levelled(squares_SL) for name, squares_SL in token_squares(model, anatomy, ids_SL, layers, seed, should_stop).items()}
+
+
+def token_squares(
+    model: nn.Module, anatomy: Anatomy, ids_SL: Tensor, layers: Iterable[str], seed: int = 0, should_stop: Callable[[], bool] = lambda: False
+) -> dict[str, Tensor]:
+    """What the weights are made of: the mean square of the gradient at every token's output, [S, L]; these can be compared between layers."""
     modules = {name: surgery.get(model, name) for name in layers}
     heard: dict[str, list[Tensor]] = {name: [] for name in modules}
     embedding = surgery.get(model, anatomy.embedding.name)
@@ -35,7 +42,7 @@ def token_weights(
 
     for number, part_BL in enumerate(ids_SL.split(SEQUENCES)):
         listen(model, part_BL, modules, on_output, embedding, seed * 100_003 + number, should_stop)
-    return {name: levelled(torch.cat(parts)) for name, parts in heard.items() if parts}
+    return {name: torch.cat(parts) for name, parts in heard.items() if parts}
 
 
 def levelled(squares_SL: Tensor) -> Tensor:

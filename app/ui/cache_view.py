@@ -82,7 +82,7 @@ def rows_at(sizes: dict[str, int], found: dict[str, Any] | None, tokens: int) ->
 def times_figure(found: dict[str, Any]) -> go.Figure:
     """A line a form over the context."""
     chart = charts.figure(x="context, tokens", y="ms a token", legend=True)
-    styles = zip(found["forms"].items(), ("solid", "dash", "dot", "dashdot"), ("square", "circle", "diamond", "x"), strict=False)
+    styles = zip(found["forms"].items(), ("solid", "dash", "dot", "dashdot", "longdash"), ("square", "circle", "diamond", "x", "triangle-up"), strict=False)
     for (name, form), dash, mark in styles:
         lengths = sorted(form["steps"], key=int)
         colour = DENSE_COLOUR if name == DENSE else COMPRESSED_COLOUR

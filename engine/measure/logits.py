@@ -122,9 +122,12 @@ class CacheScorer:
 
 
 def scorer_of(model: nn.Module) -> Scorer:
-    """The split of a model where it reproduces the model's own logits on a few tokens, else the model whole; through its cache where that is compressed."""
-    if getattr(model, "kv_scheme", None) is not None:
-        return CacheScorer(model)
+    """What scores a model: through its cache where that is compressed, else as `plain_scorer`."""
+    return plain_scorer(model) if getattr(model, "kv_scheme", None) is None else CacheScorer(model)
+
+
+def plain_scorer(model: nn.Module) -> Scorer:
+    """The split of a model where it reproduces the model's own logits on a few tokens, else the model whole. Looks at no cache, and has gradients."""
     if answers_once(model):
         return WholeScorer(model)
     has_backbone = isinstance(model, PreTrainedModel) and model.base_model is not model

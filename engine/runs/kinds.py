@@ -14,7 +14,7 @@ from bitpress.engine.data.texts import fetch_text, resolve_text
 from bitpress.engine.errors import InputError
 from bitpress.engine.home import models_dir
 from bitpress.engine.model import library
-from bitpress.engine.recipe import Measure, Recipe
+from bitpress.engine.recipe import CACHED, Calibration, Measure, Recipe
 from bitpress.engine.runs import machine
 from bitpress.engine.runs.jobs import digest_of
 from bitpress.engine.runs.store import Store
@@ -179,13 +179,21 @@ def caches(task: Task) -> None:
     """Measure the forms that a KV cache can have, side by side. Args: `model`, `contexts` (tokens; powers of four up to the model's own)."""
     from bitpress.engine.cache_bench import measure_caches
     from bitpress.engine.cache_forms import forms
+    from bitpress.engine.calibration_set import calibration_set
+    from bitpress.engine.kv_ranks import keep_losses, kept_losses
     from bitpress.engine.measure.measure import windows_for
+    from bitpress.engine.mixing import value_losses
 
     entry, loaded = library.find(task.args["model"]), _loaded(task, task.args["model"])
     longest = loaded.anatomy.context
     contexts = task.args.get("contexts") or sorted({*(length for length in (512, 2048, 8192) if length < longest), min(longest, 8192)})
     ids_NT = windows_for(loaded, entry, Measure(tier="quick")).ids_NT
-    plans = forms(loaded.anatomy, library.stats_dir(task.args["model"]))
+    stats = library.stats_dir(task.args["model"])
+    if loaded.anatomy.architecture in CACHED and kept_losses(stats, loaded.anatomy) is None:
+        task.phase("looking at what attention mixes")
+        text = Calibration(sequences=32, length=min(256, longest))
+        keep_losses(stats, value_losses(loaded, calibration_set(loaded, text).ids_SL))
+    plans = forms(loaded.anatomy, stats)
     task.write("result.json", measure_caches(loaded, plans, ids_NT, contexts, task.emit, task.should_stop))
 
 

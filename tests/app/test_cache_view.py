@@ -9,7 +9,8 @@ from streamlit.testing.v1 import AppTest
 
 from bitpress.app.ui.cache_view import WITHOUT_GQA, bytes_of, rows_at, times_figure, times_table
 from bitpress.engine.accounting import cache_bytes
-from bitpress.engine.cache_forms import BOTH, CODED, DENSE, LATENT, forms
+from bitpress.engine.cache_forms import BOTH, CODED, DENSE, LATENT, SPLIT, forms
+from bitpress.engine.kv_ranks import keep_losses
 from bitpress.engine.model.anatomy import Anatomy
 from bitpress.engine.runs import jobs
 from bitpress.engine.runs.status import change_status
@@ -20,7 +21,8 @@ def form(ratio: float, *times: float) -> dict[str, Any]:
     return {"ratio": ratio, "steps": {str(length): {"ms": ms, "p10_ms": ms, "bytes": 1} for length, ms in zip((128, 256), times, strict=True)}}
 
 
-FOUND = {"forms": {DENSE: form(1.0, 2.0, 3.0), LATENT: form(1.5, 2.5, 3.5), CODED: form(1.01, 1.9, 2.0), BOTH: form(1.6, 2.4, 3.0)}, "noise": [],
+FOUND = {"forms": {DENSE: form(1.0, 2.0, 3.0), LATENT: form(1.5, 2.5, 3.5), CODED: form(1.01, 1.9, 2.0), BOTH: form(1.6, 2.4, 3.0),
+                   SPLIT: form(1.03, 1.8, 2.1)}, "noise": [],
          "windows": [8, 256]}  # fmt: skip
 
 
@@ -30,6 +32,17 @@ def test_every_form_fits_the_model_and_has_its_bytes(anatomy: Anatomy) -> None:
     sizes = bytes_of(anatomy, 256)
     assert sizes[DENSE] == cache_bytes(None, anatomy, 256) and sizes[BOTH] < sizes[CODED] < sizes[LATENT] < sizes[DENSE]
     assert (WITHOUT_GQA in sizes) == (anatomy.heads > anatomy.kv_heads)
+
+
+def test_values_beside_coded_keys_are_there_once_it_is_known_what_ranks_lose(anatomy: Anatomy, tmp_path: Path) -> None:
+    assert SPLIT not in forms(anatomy, tmp_path)
+    block = [(1 - rank / anatomy.head_dim) ** 2 for rank in range(anatomy.head_dim + 1)]
+    keep_losses(tmp_path, [block] * anatomy.blocks)
+    plan = forms(anatomy, tmp_path)[SPLIT]
+    assert plan.validate_for(anatomy) == [] and plan.stages[0].method == "mixed-values"
+    assert 0.5 < cache_bytes(plan, anatomy, 256) / cache_bytes(None, anatomy, 256) < 0.65
+    keep_losses(tmp_path, [block[:-1]] * anatomy.blocks)
+    assert SPLIT not in forms(anatomy, tmp_path), "of another model"
 
 
 def test_rows_figure_and_table_hold_the_same_numbers(anatomy: Anatomy) -> None:
@@ -42,7 +55,7 @@ def test_rows_figure_and_table_hold_the_same_numbers(anatomy: Anatomy) -> None:
     lines = {line.name: list(line.y) for line in times_figure(FOUND).data}
     table = times_table(FOUND)
     assert lines == {name: list(table[name]) for name in lines} and table["tokens"] == [128, 256]
-    assert len({(line.line.dash, line.marker.symbol) for line in times_figure(FOUND).data}) == 4
+    assert len({(line.line.dash, line.marker.symbol) for line in times_figure(FOUND).data}) == 5
 
 
 def test_the_page_asks_for_them_and_shows_them(app_home: Path, app_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def shared(anatomy: Anatomy) -> list[tuple[str, dict[str, Any]]]:
         *((f"rtn 3 bit, group {size}", rounded("rtn", {"bits": 3, "group_size": size})) for size in (64, 32, 16)),
         (
             "lqer 3 bit, group 64, rank 16 at 8 bit",
-            rounded("lqer", {"bits": 3, "group_size": 64}, rank=16, factors={"bits": 8, "group_size": 0, "symmetric": True}),
+            rounded("lqer", {"bits": 3, "group_size": 64}, rank=16, factors=rows),
         ),
         *((f"{pairs} pairs of blocks share, rank {rank}", together(pairs, rank)) for rank in (0, 32)),
         (f"{pairs} blocks of the middle go", {"structure": {"drop_blocks": list(range(middle, middle + pairs))}}),
