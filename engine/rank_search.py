@@ -34,6 +34,7 @@ QUARTERS = 4
 SPANS = {"5x1": 1, "5x4": QUARTERS}
 PREFIXES = 24  # of each batch, the latest ones
 HOPELESS, FIRST_LOOK = 0.5, 0.25  # nats above the best on the same text, from this share of it on: the rest is not read
+CEILING = 1.0  # nats above the start: worse is told to the sampler as this, or a few huge values hide what sets the good ones apart
 HELD_OUT, OBJECTIVE_LENGTH = 16, 256  # sequences, and tokens of each, that only the objective sees
 Ratios = dict[str, float]
 Emit = Callable[[str, dict[str, Any]], object]
@@ -253,7 +254,7 @@ def search(
             asked = study.ask()
             ratios = space.scaled({name: asked.suggest_float(name, LOWEST, 1.0) for name in space.parts}, keep)
         trials.append(objective.judge(ratios))
-        study.tell(asked, trials[-1].objective)
+        study.tell(asked, min(trials[-1].objective, trials[0].objective + CEILING))
         on_trial(trials[-1])
     return trials
 
