@@ -224,13 +224,14 @@ def drop_controls(anatomy: Anatomy) -> None:
     put_back = bool(blocks) and set(blocks) <= gone
     label = "Put blocks back" if put_back else "Remove blocks"
     shown = f"{label} {', '.join(map(str, blocks))}" if blocks and len(blocks) < 6 else label
-    help_text = None if blocks else "Select whole blocks on the map first: click their numbers."
+    all_gone = not put_back and len(gone | set(blocks)) >= anatomy.blocks
+    refused = "One block has to stay: select fewer." if blocks else "Select whole blocks on the map first: click their numbers."
     change = partial(try_edit, lambda: edits.drop_blocks(state.session().recipe, anatomy, blocks, not put_back))
     st.button(
         shown,
         key="drop",
-        disabled=not blocks or (len(gone | set(blocks)) >= anatomy.blocks and not put_back),
+        disabled=not blocks or all_gone,
         on_click=change,
-        help=help_text,
+        help=refused if not blocks or all_gone else None,
         icon=":material/backspace:",
     )
