@@ -7,7 +7,7 @@ values themselves. Tokens count by what an error at them does to the predictions
 that nothing depends on. Shape letters: G heads of values, C channels of a head, H query heads, D hidden width.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -68,11 +68,14 @@ def mixed_of(model: nn.Module, anatomy: Anatomy, reader: Part, gram_KK: Tensor) 
     return Mixed(torch.stack(mixed), torch.stack(taken))
 
 
-def value_losses(loaded: Loaded, ids_SL: Tensor) -> list[list[float]]:
-    """For every block, what the predictions lose, up to a factor that all blocks share, when each value head keeps 0, 1, .. C numbers a token."""
+def value_losses(loaded: Loaded, ids_SL: Tensor, should_stop: Callable[[], bool] = lambda: False) -> list[list[float]]:
+    """For every block, what the predictions lose, up to a factor that all blocks share, when each value head keeps 0, 1, .. C numbers a token.
+
+    Raises Cancelled when told to stop.
+    """
     anatomy, found = loaded.anatomy, []
     outputs = [part for part in anatomy.linears if part.role == "o"]
-    squares = token_squares(loaded.model, anatomy, ids_SL, [part.name for part in outputs])
+    squares = token_squares(loaded.model, anatomy, ids_SL, [part.name for part in outputs], should_stop=should_stop)
 
     def keep(block: int, stats: Mapping[str, Statistics]) -> None:
         part = outputs[block]
@@ -82,5 +85,5 @@ def value_losses(loaded: Loaded, ids_SL: Tensor) -> list[list[float]]:
         found.append([*(scale * carried_GC.sum(0).flip(0).cumsum(0).flip(0)).tolist(), 0.0])
 
     weights = {name: levelled(squares_SL) for name, squares_SL in squares.items()}
-    walk(loaded.model, anatomy, ids_SL, {part.name: {"loss_gram"} for part in outputs}, keep, sequential=False, weights=weights)
+    walk(loaded.model, anatomy, ids_SL, {part.name: {"loss_gram"} for part in outputs}, keep, sequential=False, should_stop=should_stop, weights=weights)
     return found

@@ -63,8 +63,11 @@ def turn_rows(qkv_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, new: Tensor, head
 def turn_rounded(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     """Heads of many positions turned, [B, T, H, C]: x * cos + rotated half * sin, every product and sum rounded as in transformers' operations.
 
-    All bfloat16, contiguous; cos and sin are those of transformers, nothing negated.
+    All bfloat16, the tables contiguous; cos and sin are those of transformers, nothing negated. Raises ValueError for another type.
     """
+    if any(part.dtype != torch.bfloat16 for part in (x_BTHC, cos_TC, sin_TC)):
+        raise ValueError("Heads and tables are turned in bfloat16 only.")
+    x_BTHC = x_BTHC.contiguous()
     out, (batch, length, heads, channels) = torch.empty_like(x_BTHC), x_BTHC.shape
     places = x_BTHC.data_ptr(), cos_TC.data_ptr(), sin_TC.data_ptr(), out.data_ptr()
     _library().bitpress_turn_rounded(*places, batch * length, length, heads, channels, torch.get_num_threads())

@@ -10,6 +10,7 @@ import streamlit as st
 
 from bitpress.app import edits, readings, state
 from bitpress.app.ui.controls import try_edit
+from bitpress.app.ui.model_picker import newest
 from bitpress.engine.methods.catalogue import kinds
 from bitpress.engine.recipe import Stage
 
@@ -22,7 +23,7 @@ def method_form(catalogue: Mapping[str, Any] | None) -> None:
     """For each stage of the recipe: which method of its family, and that method's options."""
     stages = state.session().recipe.stages
     if catalogue is None:
-        st.fragment(_awaited, run_every=POLL_SECONDS)()
+        _undescribed(stages)
         return
     entries = {entry["id"]: entry for entry in catalogue["methods"]}
     for number, stage in enumerate(stages):
@@ -33,9 +34,22 @@ def method_form(catalogue: Mapping[str, Any] | None) -> None:
     _preparing(stages, entries)
 
 
-def _awaited() -> None:
+def _undescribed(stages: Sequence[Stage]) -> None:
     """Stands in until a worker has written what the methods say of themselves."""
-    if readings.catalogue() is not None:
+    if _being_described():
+        st.fragment(_awaited, run_every=POLL_SECONDS)()
+        return
+    names = " then ".join(stage.method for stage in stages) or "none, every layer stays dense"
+    st.caption(f"Methods: {names}. They can be chosen here once a job has run.")
+
+
+def _being_described() -> bool:
+    run = newest("inspect", state.FIRST_MODEL)
+    return run is not None and run.active
+
+
+def _awaited() -> None:
+    if readings.catalogue() is not None or not _being_described():
         st.rerun()
     st.caption("The methods are being described: it takes some seconds, once after an update.")
 

@@ -38,9 +38,16 @@ def use_own(model: nn.Module) -> None:
             continue
         kind = type(module), type(getattr(module, "act_fn", None))
         if kind not in same:
-            same[kind] = own.reproduces(module)
+            same[kind] = _reproduces(own, module)
         if same[kind]:
             cast(Any, module).__class__ = _joined(cast(Any, own), cast(Any, kind[0]))  # a class of modules does not look hashable to a type checker
+
+
+def _reproduces(own: "type[OwnNorm | OwnGate | OwnAttention]", module: nn.Module) -> bool:
+    try:
+        return own.reproduces(module)
+    except Exception:  # a family's own module may fail a made-up call in any way: then it is left as it is
+        return False
 
 
 class OwnNorm(nn.Module):
@@ -96,13 +103,9 @@ class OwnAttention(nn.Module):
         if attention_mask is not None or past_key_values is not None or not named.keys() <= SAID or not _turns(me, x, position_embeddings):
             return super().forward(x, position_embeddings=position_embeddings, attention_mask=attention_mask, past_key_values=past_key_values, **named)
         heads = [side(x).unflatten(-1, (-1, me.head_dim)) for side in (me.q_proj, me.k_proj, me.v_proj)]
-        query, key, value = heads[0], heads[1], heads[2].transpose(1, 2)
-        if cpu_step.takes(query, key) and query.is_contiguous() and key.is_contiguous():
-            cos_TC, sin_TC = (table[0] for table in cast(Turning, position_embeddings))
-            query, key = (cpu_step.turn_rounded(side, cos_TC, sin_TC).transpose(1, 2) for side in (query, key))
-        else:
-            query, key = (_turned(side.transpose(1, 2), *cast(Turning, position_embeddings)) for side in (query, key))
-        mixed, shares = attention.attend(self, query, key, value, None, scaling=me.scaling)
+        cos_TC, sin_TC = (table[0] for table in cast(Turning, position_embeddings))
+        query, key = (cpu_step.turn_rounded(side, cos_TC, sin_TC).transpose(1, 2) for side in heads[:2])
+        mixed, shares = attention.attend(self, query, key, heads[2].transpose(1, 2), None, scaling=me.scaling)
         return me.o_proj(mixed.flatten(2)), shares
 
     @staticmethod
@@ -129,11 +132,6 @@ def _turns(attending: Any, x: Tensor, turning: Turning | None) -> bool:
         return False
     fits = all(table.shape == (1, x.shape[1], attending.head_dim) and table.is_contiguous() and table.dtype == x.dtype for table in turning)
     return fits and attending.head_dim % 2 == 0 and attending.config._attn_implementation == attention.NAME
-
-
-def _turned(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x_BHTC.chunk(2, dim=-1)
-    return x_BHTC * cos[:, None] + torch.cat((-high, low), dim=-1) * sin[:, None]
 
 
 class _Gives(nn.Module):

@@ -192,7 +192,7 @@ def caches(task: Task) -> None:
     if loaded.anatomy.architecture in CACHED and kept_losses(stats, loaded.anatomy) is None:
         task.phase("looking at what attention mixes")
         text = Calibration(sequences=32, length=min(256, longest))
-        keep_losses(stats, value_losses(loaded, calibration_set(loaded, text).ids_SL))
+        keep_losses(stats, value_losses(loaded, calibration_set(loaded, text).ids_SL, task.should_stop))
     plans = forms(loaded.anatomy, stats)
     task.write("result.json", measure_caches(loaded, plans, ids_NT, contexts, task.emit, task.should_stop))
 

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 from streamlit.testing.v1 import AppTest
 
+from bitpress.app.ui import method_form
 from bitpress.app.ui.method_form import explained
 
 
@@ -29,12 +31,19 @@ def test_every_method_that_gives_bits_is_offered_in_place_of_another(app_home: P
         assert [stage.method for stage in app.session_state["bitpress-session"].recipe.stages] == [chosen]
 
 
-def test_until_the_methods_are_described_a_sentence_stands_in(app_home: Path, app_root: Path) -> None:
+def test_until_the_methods_are_described_a_sentence_stands_in(app_home: Path, app_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bitpress.engine.methods import registry
 
     app = AppTest.from_file(app_root / "pages" / "explore.py", default_timeout=60).run()
-    assert any("being described" in caption.value for caption in app.sidebar.caption)
+    assert said(app) == ["Methods: rtn. They can be chosen here once a job has run."], "nothing is at work that would describe them"
+    monkeypatch.setattr(method_form, "_being_described", lambda: True)
+    assert ["being described" in words for words in said(app.run())] == [True]
     registry.write_catalogue()
     app.run()
-    assert not any("being described" in caption.value for caption in app.sidebar.caption)
+    assert not said(app)
     assert app.selectbox(key="method-0").value == "rtn"
+
+
+def said(app: AppTest) -> list[str]:
+    """What the sidebar says of the methods as a whole."""
+    return [caption.value for caption in app.sidebar.caption if "ethods" in caption.value]

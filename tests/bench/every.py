@@ -1,7 +1,7 @@
 """`make bench-quality`: every bench of quality in turn, each a program of its own; says first how long they take, and last which were skipped and why.
 
-Times are of two cores of a laptop's size. Rows that a bench keeps are found again, so that a long go can be cut short and gone on with: `--only` names
-the benches to run. Exit 1 when a bench breaks a promise or fails.
+Minutes are estimates for two cores, not measurements. Rows that a bench keeps are found again, so that a long go can be cut short and gone on
+with: `--only` names the benches to run. Exit 1 when a bench breaks a promise or fails.
 """
 
 import argparse
@@ -62,6 +62,8 @@ BENCHES = (
     pruning("unstructured", 25, rival=("--llmcompressor", "llmcompressor")),
     pruning("structured", 50, "--measured", "once"),
     pruning("modules", 40),
+    Bench("block-reconstruction", 60, ("block_reconstruction.py", "--tune")),
+    Bench("low-rank", 150, ("lowrank.py", "--model", "smollm2-135m", "--tables", "weights", "search", "cache", "sharing"), "smollm2-135m"),
     Bench("depth-speed", 3, ("depth_speed.py",), "smollm2-135m"),
     Bench("encoder", 25, ("encoder.py",), data=True),
     Bench("dual-encoder", 10, ("dual_encoder.py",)),

@@ -80,7 +80,11 @@ def test_turn_as_transformers_rounds_it(batch: int, length: int, heads: int, cha
     x = torch.randn(batch, length, heads, channels).bfloat16()
     cos, sin = torch.randn(length, channels).bfloat16(), torch.randn(length, channels).bfloat16()
     low, high = x.chunk(2, -1)
-    assert torch.equal(cpu_step.turn_rounded(x, cos, sin), x * cos[:, None] + torch.cat((-high, low), -1) * sin[:, None])
+    wanted = x * cos[:, None] + torch.cat((-high, low), -1) * sin[:, None]
+    assert torch.equal(cpu_step.turn_rounded(x, cos, sin), wanted)
+    assert torch.equal(cpu_step.turn_rounded(x.transpose(1, 2).contiguous().transpose(1, 2), cos, sin), wanted), "wherever the heads lie"
+    with pytest.raises(ValueError, match="bfloat16 only"):
+        cpu_step.turn_rounded(x.float(), cos, sin)
 
 
 def turned(x_HC: Tensor, cos_C: Tensor, sin_C: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Wanda: weights are judged by their size times that of what they multiply (METHODS 16.2).
 
-The walk is in float32. In bfloat16 one choice in a hundred falls otherwise, at near ties, with nothing to make up for it: perplexity at 2:4 was
-then 2 to 7% above the authors' on SmolLM2-135M, and differed from run to run with the order of sums.
+The walk is in float32. In bfloat16 up to one choice in fifty falls otherwise, with nothing to make up for it: perplexity at 2:4 was then 2.5 and
+3.7% above llm-compressor's on SmolLM2-135M, in two runs.
 """
 
 from typing import Any, ClassVar

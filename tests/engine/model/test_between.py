@@ -57,6 +57,21 @@ def test_logits_are_those_of_torch_to_rounding(tiny_models, family, each, turns,
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_whatever_type_weights_are_stored_in(tiny_models, family, dtype):
+    model = tiny_models(family).to(dtype)
+    attention.use_own(model)
+    between.use_own(model)
+    block = model.to(torch.bfloat16).model.layers[0]
+    assert isinstance(block.input_layernorm, between.OwnNorm)
+    assert isinstance(block.mlp, between.OwnGate)
+    assert isinstance(block.self_attn, between.OwnAttention) == (family == "llama"), "Qwen3 norms its heads before it turns them"
+    with torch.no_grad():
+        assert model(input_ids=IDS, use_cache=False).logits.isfinite().all()
+
+
+@needs_kernels
 def test_names_stay_and_a_second_time_changes_nothing(tiny_models):
     model = tiny_models("llama")
     names = [type(module).__name__ for module in model.modules()]
@@ -81,8 +96,15 @@ def test_float32_gradients_and_twins_go_the_old_way(tiny_models):
     assert twin.model.layers[0].mlp.gate_proj.weight.grad.count_nonzero() > 0
 
 
+class StrangeRMSNorm(OffsetRMSNorm):
+    """One that must be told more."""
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return super().forward(x) * scale
+
+
 @needs_kernels
-@pytest.mark.parametrize("kind", [OffsetRMSNorm, GeluGate])
+@pytest.mark.parametrize("kind", [OffsetRMSNorm, StrangeRMSNorm, GeluGate])
 def test_what_answers_otherwise_is_left_alone(kind):
     model = nn.Sequential(kind().to(torch.bfloat16))
     between.use_own(model)
