@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,13 +87,12 @@ def _progress(scratch: Path, total: int | None) -> tuple[int, int | None]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files below `folder`; those that vanish while being counted count nothing."""
+    """Bytes of all files below `folder`; files and folders that vanish while being counted count nothing."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:
-            continue
+    for where, _, names in os.walk(folder):  # passes over folders that are gone, where a glob fails
+        for name in names:
+            with suppress(OSError):
+                total += Path(where, name).stat().st_size
     return total
 
 
